@@ -1,0 +1,1 @@
+"""Reward models: differentiable scorers of (images, prompts), independent of the trainer."""

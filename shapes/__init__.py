@@ -1,0 +1,1 @@
+"""The embedded world: captioned procedural scenes, an exact oracle, and the pretraining of the tiny models."""

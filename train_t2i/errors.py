@@ -1,0 +1,25 @@
+"""Errors that are told to a person in one line, and the exit codes that tell them apart.  Any room may import this file."""
+
+EXIT_DONE = 0
+EXIT_USER = 2  # the user's mistake, corrupt input included
+EXIT_NON_FINITE = 4
+EXIT_DISK = 5
+EXIT_HANG = 6
+EXIT_LOCKED = 7
+EXIT_PREEMPTED = 75  # stopped by a signal, saved, can be resumed
+
+
+class UserError(Exception):
+    """Something a person can put right: one line that names the file, line or flag, and the way out.
+
+    The programs print ``error: MESSAGE`` and ``hint: HINT`` and leave with ``exit_code``, without a traceback.
+    """
+
+    def __init__(self, message: str, hint: str = "", exit_code: int = EXIT_USER) -> None:
+        super().__init__(message)
+        self.message = " ".join(str(message).split())
+        self.hint = " ".join(hint.split())
+        self.exit_code = exit_code
+
+    def __str__(self) -> str:
+        return f"{self.message}" + (f" ({self.hint})" if self.hint else "")
