@@ -1,0 +1,141 @@
+"""Flags and YAML -> Settings.  ``-`` and ``_`` are equal, a later flag wins, diffusers' spellings are understood."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+from train_t2i.config import METHOD_CONFIGS, METHOD_NAMES, Config, Settings, check, fields_of
+from train_t2i.errors import UserError
+
+# diffusers' training scripts -> ours
+ALIASES = {
+    "pretrained_model_name_or_path": "pretrained_model",
+    "pretrained_teacher_model": "pretrained_model",
+    "pretrained_vae_model_name_or_path": "vae",
+    "train_batch_size": "batch_size",
+    "dataloader_num_workers": "num_workers",
+    "learning_rate": "learning_rate_gen",
+    "rank": "lora_rank",
+    "checkpointing_steps": "checkpoint_steps",
+    "validation_steps": "sample_steps",
+    "validation_prompts": "sample_prompts",
+    "resume_from_checkpoint": "resume_ckpt",
+    "cold_start_steps": "cold_start_iter",
+    "num_inference_steps": "sample_num_steps",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one UserError."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message, "see --help")
+
+
+def spelled(argument: str) -> str:
+    """``--Train_Batch-Size=4`` style spelling -> ours; anything that is not a flag stays as it is."""
+    if not argument.startswith("--") or argument == "--":
+        return argument
+    name, equals, value = argument[2:].partition("=")
+    field = name.replace("-", "_")
+    return "--" + ALIASES.get(field, field).replace("_", "-") + equals + value
+
+
+def parse_bool(text: str) -> bool:
+    """on/off values of plain flags: absent value means on."""
+    lowered = text.lower()
+    if lowered in ("1", "true", "yes", "on"):
+        return True
+    if lowered in ("0", "false", "no", "off"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is neither on nor off")
+
+
+def field_type(kind: type, name: str) -> type:
+    """The plain type of a dataclass field: ``str | None`` is str."""
+    hint = typing.get_type_hints(kind)[name]
+    if isinstance(hint, types.UnionType):
+        hint = next(a for a in typing.get_args(hint) if a is not type(None))
+    return hint
+
+
+def add_flags(parser: argparse.ArgumentParser, kind: type, title: str) -> None:
+    group = parser.add_argument_group(title)
+    for field in dataclasses.fields(kind):
+        option = "--" + field.name.replace("_", "-")
+        of_type = field_type(kind, field.name)
+        shown = "" if field.default is None else f" (default: {field.default!r})"
+        extra: dict[str, Any] = {"type": of_type, "choices": field.metadata["choices"] or None}
+        if of_type is bool:
+            extra = {"type": parse_bool, "nargs": "?", "const": True, "metavar": "on|off"}
+        help_text = (field.metadata["help"] + shown).replace("%", "%%")
+        group.add_argument(option, default=argparse.SUPPRESS, help=help_text, **extra)
+
+
+def make_parser(method: str) -> Parser:
+    parser = Parser(prog="python -m train_t2i train", description=__doc__, allow_abbrev=False)
+    add_flags(parser, Config, "every method")
+    add_flags(parser, METHOD_CONFIGS[method], f"--method {method}")
+    return parser
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """Settings from a YAML mapping; its values go through the same parser as flags do."""
+    try:
+        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"--config {path}: no such file") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"--config {path}: cannot be read ({' '.join(str(error).split())})") from None
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict) or not all(isinstance(key, str) for key in loaded):
+        raise UserError(f"--config {path}: not a mapping of settings", "write NAME: VALUE lines")
+    return loaded
+
+
+def yaml_arguments(values: dict[str, Any]) -> list[str]:
+    return [spelled(f"--{key}={value}") for key, value in values.items() if value is not None]
+
+
+def parse(arguments: Sequence[str]) -> Settings:
+    """Command line (without the verb) -> checked Settings."""
+    given = [spelled(argument) for argument in arguments]
+    first = Parser(add_help=False, allow_abbrev=False)
+    first.add_argument("--method", default=None)
+    first.add_argument("--config", default=None)
+    early, _ = first.parse_known_args([a for a in given if a not in ("-h", "--help")])
+    from_file = yaml_arguments(read_yaml(early.config)) if early.config else []
+    early_file, _ = first.parse_known_args(from_file)
+    method = early.method or early_file.method or "dmdr"
+    if method not in METHOD_NAMES:
+        raise UserError(f"--method {method}: unknown", f"one of {', '.join(METHOD_NAMES)}")
+    parser = make_parser(method)
+    namespace, unknown = parser.parse_known_args(from_file + given)
+    if unknown:
+        raise _unknown_flag(unknown[0], method)
+    values = vars(namespace)
+    own = {f.name for f in dataclasses.fields(METHOD_CONFIGS[method])}
+    settings = Settings(
+        run=Config(**{k: v for k, v in values.items() if k not in own}),
+        method=METHOD_CONFIGS[method](**{k: v for k, v in values.items() if k in own}),
+    )
+    check(settings)
+    return settings
+
+
+def _unknown_flag(argument: str, method: str) -> UserError:
+    name = argument.partition("=")[0]
+    field = name.removeprefix("--").replace("-", "_")
+    for other in METHOD_NAMES:
+        if other != method and field in fields_of(other):
+            return UserError(f"{name} does nothing for --method {method}", f"it belongs to --method {other}: leave it out")
+    return UserError(f"{name}: unknown flag", "see python -m train_t2i train --help")

@@ -1,0 +1,255 @@
+"""Every setting of a run: one field, one flag, one default, one line of help, one rule for resuming.
+
+The defaults are the published recipe of one-step SDXL; launchers hold what differs.  Nothing heavy is imported here, so
+that ``--help`` answers at once.  ``resume`` says what a changed setting means when a run is continued: ``fatal`` refuses,
+``warn`` says so and goes on, ``free`` is nobody's business.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from train_t2i.errors import UserError
+
+Resume = Literal["fatal", "warn", "free"]
+
+
+def flag(
+    default: Any,
+    help: str,
+    *,
+    resume: Resume = "fatal",
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    choices: tuple[str, ...] = (),
+) -> Any:
+    """A config field with its flag's help and its bounds: low <= value <= high, value > above."""
+    limits = {"low": low, "high": high, "above": above, "choices": choices}
+    return dataclasses.field(default=default, metadata={"help": help, "resume": resume, **limits})
+
+
+METHOD_NAMES = ("dmdr", "ode", "sft")
+TIME_KINDS = ("uniform", "beta", "logit_normal")
+
+
+@dataclass(frozen=True)
+class Config:
+    """What the loop, the model, the data and the optimizer read, whatever the method."""
+
+    # -- method, model
+    method: str = flag("dmdr", "what is trained and by which losses", choices=METHOD_NAMES)
+    model_family: str = flag("auto", "architecture; auto reads model_index.json", choices=("auto", "sdxl"))
+    pretrained_model: str = flag(
+        "stabilityai/stable-diffusion-xl-base-1.0", "teacher: hub id, pipeline folder or single safetensors file"
+    )
+    vae: str | None = flag(None, "VAE to use instead of the model's own (folder or hub id)")
+    tiny_vae: str | None = flag(None, "AutoencoderTiny whose decoder serves rewards (folder or hub id)")
+    generator_init: str | None = flag(None, "existing few-step LoRA or weights that the generator starts from")
+    xl_ode_pretrain_path: str | None = flag(
+        None, "ODE initialisation of a one-step generator: UNet state dict, UNet folder, or an ode run's step-N.pt"
+    )
+    resolution: str = flag("1024", "image size in pixels: N or WIDTHxHEIGHT")
+    sample_num_steps: int = flag(1, "network calls of the student", low=1, high=1000)
+    shift: float = flag(1.0, "time shift of the student's grid (more than one step)", above=0)
+    use_lora_gen: bool = flag(False, "train the generator as a LoRA of twice --lora-rank instead of all weights")
+    lora_rank: int = flag(32, "LoRA rank of the guidance network", low=1)
+    layout: str = flag(
+        "auto",
+        "which roles share weights; auto: full generator paired, LoRA shared, LoRA on an initialised one paired_lora",
+        choices=("auto", "shared", "paired", "paired_lora", "separate"),
+    )
+    # -- data
+    data_path_train: str = flag(
+        "t2i-2m-filtered-prompts.txt", "prompts: txt, csv, jsonl or parquet (ode: a pairs folder; sft: an image table)"
+    )
+    batch_size: int = flag(8, "rows a process and micro-batch", low=1)
+    batch_size_test: int = flag(2, "number of sample images", resume="free", low=1)
+    sample_prompts: str | None = flag(None, "file of prompts for the sample images (default: the first)", resume="free")
+    num_workers: int = flag(4, "processes that read images (sft)", resume="free", low=0)
+    # -- optimisation
+    learning_rate_gen: float = flag(1e-7, "learning rate of the generator", low=0)
+    lr_scheduler: str = flag("constant", "shape of the rates over --max-train-steps", choices=("constant", "cosine"))
+    lr_warmup_steps: int = flag(0, "steps over which the rates rise from 0", low=0)
+    adam_beta1: float = flag(0.9, "AdamW", low=0, high=1)
+    adam_beta2: float = flag(0.999, "AdamW", low=0, high=1)
+    adam_epsilon: float = flag(1e-8, "AdamW", low=0)
+    adam_weight_decay: float = flag(0.01, "AdamW, of the generator; the guidance network has none", low=0)
+    use_8bit_adam: bool = flag(False, "AdamW with 8-bit state (bitsandbytes)")
+    max_grad_norm: float = flag(1.0, "gradients are scaled down to this norm; 0: never", low=0)
+    gradient_accumulation_steps: int = flag(1, "micro-batches an update", low=1)
+    gradient_checkpointing: bool = flag(False, "recompute activations in backward: less memory, more time", resume="warn")
+    mixed_precision: str = flag("fp16", "number format of the network calls", choices=("no", "fp16", "bf16"))
+    seed: int = flag(30, "seed of everything random", low=0)
+    # -- run
+    output_dir: str = flag("runs", "folder of runs", resume="free")
+    exp_name: str = flag("dmdr", "name of this run's folder", resume="free")
+    max_train_steps: int = flag(3000, "generator updates in all", resume="free", low=1)
+    sample_steps: int = flag(100, "sample images every so many steps; 0: never", resume="free", low=0)
+    checkpoint_steps: int = flag(500, "save every so many steps; 0: only at the end", resume="free", low=0)
+    checkpoint_minutes: float = flag(0.0, "save every so many minutes too; 0: never", resume="free", low=0)
+    checkpoints_total_limit: int = flag(0, "keep this many checkpoints; 0: all", resume="free", low=0)
+    resume_ckpt: str | None = flag(None, "torch_units/step-N.pt to go on from, or latest", resume="free")
+    auto_resume: bool = flag(False, "go on from this run's newest checkpoint where there is one", resume="free")
+    max_skipped: int = flag(20, "stop after so many non-finite updates in a row", resume="free", low=1)
+    report_to: str = flag("jsonl", "comma list of jsonl, wandb, tensorboard (jsonl is always on)", resume="free")
+    teacher_num_steps: int = flag(25, "network calls of the teacher's sample images", resume="free", low=1, high=1000)
+    teacher_cfg: float = flag(7.0, "guidance of the teacher's sample images", resume="free", low=1)
+    dry_run: bool = flag(False, "print the settings and leave", resume="free")
+    config: str | None = flag(None, "YAML file of settings; flags win", resume="free")
+
+
+@dataclass(frozen=True)
+class DMDRConfig:
+    """Distribution matching distillation with rewards."""
+
+    learning_rate_gui: float = flag(1e-7, "learning rate of the guidance network", low=0)
+    lora_scale_f: float = flag(2.0, "scale of the guidance adapter in the fake score", low=0)
+    lora_scale_r: float = flag(0.5, "its starting scale in the real score; falls to 0 over --dynamic-step", low=0)
+    cfg_r: float = flag(7.0, "guidance of the real score, drawn within 0.5 of this; 1: none", low=1)
+    cfg_f: float = flag(1.0, "guidance of the fake score, likewise; 1: none", low=1)
+    negative_prompt: str = flag("", "text that guidance moves away from; empty: the model's own default")
+    ratio_update: int = flag(5, "guidance updates a generator update", low=1)
+    dmd_weight: float = flag(1.0, "weight of the distribution matching loss; 0: rewards alone", low=0)
+    cold_start_iter: int = flag(3000, "generator steps before rewards begin", low=0)
+    dynamic_step: int = flag(0, "steps over which the dynamic strategies fade; 0: off", low=0)
+    s_type_gen: str = flag("uniform", "how the student's level is drawn", choices=TIME_KINDS)
+    s_type_gui: str = flag("uniform", "how the time of the scores is drawn", choices=TIME_KINDS)
+    gen_a: float = flag(1.0, "first parameter of --s-type-gen (beta: alpha, logit_normal: mean)")
+    gen_b: float = flag(1.0, "second parameter (beta: beta, logit_normal: deviation)", above=0)
+    gui_a: float = flag(4.0, "first parameter of --s-type-gui")
+    gui_b: float = flag(1.5, "second parameter", above=0)
+    clip_reward_model: str | None = flag(None, "CLIP reward: weights file (DFN5B ViT-H-14) or tower folder; on iff given")
+    hpsv2_reward_model: str | None = flag(None, "HPSv2.1 reward: weights file or tower folder; on iff given")
+    reward_clip_weight: float = flag(0.3, "weight of the CLIP loss", low=0)
+    reward_hps_weight: float = flag(0.3, "weight of the HPS loss", low=0)
+    reward_margin: float = flag(0.7, "rewards above this are not pushed further")
+    magic_prompt: str = flag("Realistic photo", "words put before the prompt for HPS alone; empty: none")
+
+
+@dataclass(frozen=True)
+class ODEConfig:
+    """Regression on (noise, prompt, teacher latent) pairs; it has no setting of its own."""
+
+
+@dataclass(frozen=True)
+class SFTConfig:
+    """Denoising on image-text pairs."""
+
+    caption_dropout: float = flag(0.1, "share of rows trained without their caption", low=0, high=1)
+
+
+METHOD_CONFIGS: dict[str, type] = {"dmdr": DMDRConfig, "ode": ODEConfig, "sft": SFTConfig}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A whole run's settings: what every method reads, and what this one does."""
+
+    run: Config
+    method: Any  # one of METHOD_CONFIGS
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self.run), **dataclasses.asdict(self.method)}
+
+    @property
+    def size_px(self) -> tuple[int, int]:
+        """(height, width)."""
+        return parse_resolution(self.run.resolution)
+
+
+def parse_resolution(text: str) -> tuple[int, int]:
+    """``N`` or ``WIDTHxHEIGHT`` -> (height, width) in pixels."""
+    parts = text.lower().split("x")
+    if len(parts) > 2 or not all(part.strip().isdigit() and int(part) > 0 for part in parts):
+        raise UserError(f"--resolution {text}: not a size", "give N or WIDTHxHEIGHT, in pixels")
+    width, height = int(parts[0]), int(parts[-1])
+    return height, width
+
+
+def fields_of(method: str) -> dict[str, dataclasses.Field]:
+    """Field name -> field, of the run and of a method."""
+    return {f.name: f for kind in (Config, METHOD_CONFIGS[method]) for f in dataclasses.fields(kind)}
+
+
+def check(settings: Settings) -> None:
+    """Raise a UserError that names the flag and the fix, for values out of bounds and combinations that cannot work."""
+    values = settings.as_dict()
+    for name, field in fields_of(settings.run.method).items():
+        _check_bounds("--" + name.replace("_", "-"), values[name], field.metadata)
+    height, width = settings.size_px
+    run = settings.run
+    if height % 8 or width % 8:
+        raise UserError(f"--resolution {run.resolution}: sides must be multiples of 8", "the VAE halves them three times")
+    unknown = set(run.report_to.split(",")) - {"jsonl", "wandb", "tensorboard"}
+    if unknown:
+        raise UserError(f"--report-to {','.join(sorted(unknown))}: unknown", "known: jsonl, wandb, tensorboard")
+    if run.sample_num_steps == 1 and run.shift != 1:
+        raise UserError("--shift has no effect on one step", "leave it out, or set --sample-num-steps above 1")
+    _check_student(run)
+    if run.method == "dmdr":
+        _check_dmdr(run, settings.method)
+
+
+def _check_bounds(name: str, value: Any, limits: Any) -> None:
+    if limits["choices"] and value not in limits["choices"]:
+        raise UserError(f"{name} {value}: unknown", f"one of {', '.join(limits['choices'])}")
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return
+    if value != value or value in (float("inf"), float("-inf")):
+        raise UserError(f"{name} {value}: not a finite number")
+    if limits["low"] is not None and value < limits["low"]:
+        raise UserError(f"{name} {value}: must be at least {limits['low']}")
+    if limits["above"] is not None and value <= limits["above"]:
+        raise UserError(f"{name} {value}: must be above {limits['above']}")
+    if limits["high"] is not None and value > limits["high"]:
+        raise UserError(f"{name} {value}: must be at most {limits['high']}")
+
+
+def resolved_layout(run: Config) -> str:
+    """The layout that ``auto`` stands for."""
+    if run.layout != "auto":
+        return run.layout
+    if not run.use_lora_gen:
+        return "paired"
+    return "paired_lora" if run.generator_init or run.xl_ode_pretrain_path else "shared"
+
+
+def _check_student(run: Config) -> None:
+    layout = resolved_layout(run)
+    if run.use_lora_gen != (layout in ("shared", "paired_lora")):
+        wanted = "needs" if layout in ("shared", "paired_lora") else "does not go with"
+        raise UserError(f"--layout {layout} {wanted} --use-lora-gen", "or leave --layout at auto")
+    if layout == "shared" and (run.generator_init or run.xl_ode_pretrain_path):
+        source = "--generator-init" if run.generator_init else "--xl-ode-pretrain-path"
+        raise UserError(f"--layout shared cannot take {source}", "the teacher shares its weights: use --layout paired_lora")
+    if run.xl_ode_pretrain_path and run.generator_init:
+        raise UserError("--generator-init and --xl-ode-pretrain-path both initialise the generator", "give one")
+    if run.xl_ode_pretrain_path and run.sample_num_steps != 1:
+        raise UserError("--xl-ode-pretrain-path is the start of a one-step student", "use --generator-init")
+
+
+def _check_dmdr(run: Config, method: DMDRConfig) -> None:
+    one_step_only = {"--dynamic-step": method.dynamic_step > 0, "--s-type-gen": method.s_type_gen != "uniform"}
+    for name, given in one_step_only.items():
+        if run.sample_num_steps == 1 and given:
+            raise UserError(f"{name} is off for a one-step student", "leave it out, or set --sample-num-steps above 1")
+    if resolved_layout(run) == "separate" and method.dynamic_step and method.lora_scale_r:
+        raise UserError(
+            "--layout separate: the teacher has no guidance adapter to borrow", "set --lora-scale-r 0 or --layout paired"
+        )
+    for kind, a, name in ((method.s_type_gen, method.gen_a, "--gen-a"), (method.s_type_gui, method.gui_a, "--gui-a")):
+        if kind == "beta" and a <= 0:
+            raise UserError(f"{name} {a}: a Beta's parameters are above 0")
+    weights = method.reward_clip_weight + method.reward_hps_weight
+    if not (method.clip_reward_model or method.hpsv2_reward_model) and weights > 0:
+        if method.cold_start_iter < run.max_train_steps:
+            raise UserError(
+                f"rewards begin at step {method.cold_start_iter} but no reward model is given",
+                "give --clip-reward-model or --hpsv2-reward-model, or set both reward weights to 0, "
+                "or --cold-start-iter to --max-train-steps",
+            )
+    if method.dmd_weight == 0 and weights == 0:
+        raise UserError("--dmd-weight 0 without rewards trains nothing", "set a weight above 0")

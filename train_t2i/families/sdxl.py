@@ -1,0 +1,162 @@
+"""SDXL: a UNet told by two CLIP text encoders, a pooled text vector and the image's size.
+
+Shapes: x_t (B, 4, H, W); tokens (B, 77, D1 + D2); pooled (B, P2); size ids (B, 6).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path as FilePath
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from torch import Tensor, nn
+
+from train_t2i.errors import UserError
+from train_t2i.families.base import Cond
+from train_t2i.schedule import EpsilonVP
+
+
+class SDXL:
+    """SDXL and its fine-tunes, from a hub id, a pipeline folder or a single safetensors file.
+
+    ``tiny_vae`` names an ``AutoencoderTiny`` (TAESDXL) whose decoder serves rewards; ``vae`` replaces the pipeline's VAE.
+    The VAE stays fp32: SDXL's own overflows in half precision.
+    """
+
+    lora_targets = (
+        "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2",
+        "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj",
+    )  # fmt: skip
+    block_names = ("BasicTransformerBlock", "ResnetBlock2D")
+    latent_channels = 4
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        dtype: torch.dtype = torch.float32,
+        vae: str | None = None,
+        tiny_vae: str | None = None,
+        shift: float = 1.0,
+        checkpoint_decoder: bool = False,
+    ) -> None:
+        self.model = model
+        self.device = torch.device("cpu")
+        self.pipe = _load_pipeline(model, dtype)
+        self.vae = _load_part(AutoencoderKL, vae, "--vae") if vae else self.pipe.vae.float()
+        self.tiny = _load_part(AutoencoderTiny, tiny_vae, "--tiny-vae") if tiny_vae else None
+        if dtype == torch.float16 and tiny_vae is None and vae is None:
+            self.vae = self.vae.float()
+        for part in self._parts():
+            part.requires_grad_(False).eval()
+        if checkpoint_decoder:
+            for decoder in filter(None, (self.vae, self.tiny)):
+                decoder.enable_gradient_checkpointing()
+        self.vae_factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        self.path = EpsilonVP(_alphas_cumprod(self.pipe, model), shift=shift)
+        self._drop_unused()
+
+    def _parts(self) -> list[nn.Module]:
+        return [m for m in (self.pipe.text_encoder, self.pipe.text_encoder_2, self.vae, self.tiny) if m is not None]
+
+    def _drop_unused(self) -> None:
+        """Keep one VAE: the pipeline's own is in ``self.vae`` or was replaced."""
+        self.pipe.vae = None
+
+    def load(self, dtype: torch.dtype) -> nn.Module:
+        with _told(self.model, "--pretrained-model"):
+            if _is_file(self.model):
+                unet = UNet2DConditionModel.from_single_file(self.model, torch_dtype=dtype)
+            else:
+                unet = UNet2DConditionModel.from_pretrained(self.model, subfolder="unet", torch_dtype=dtype)
+        return unet.requires_grad_(False).train(False)
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str], negative: str | None = None) -> Cond:
+        """Empty negative text means zeros, as the published pipeline does (``force_zeros_for_empty_prompt``)."""
+        guided = negative is not None
+        tokens, neg_tokens, pooled, neg_pooled = self.pipe.encode_prompt(
+            list(prompts),
+            device=self.device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=guided,
+            negative_prompt=[negative] * len(prompts) if negative else None,
+        )
+        return Cond(tokens, pooled, negative=Cond(neg_tokens, neg_pooled) if guided else None)
+
+    def call(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        height, width = x_t.shape[-2] * self.vae_factor, x_t.shape[-1] * self.vae_factor
+        # SDXL (arXiv 2307.01952) section 2.2: original size, crop corner, target size
+        size = torch.tensor([height, width, 0, 0, height, width], device=x_t.device, dtype=torch.float32)
+        told = {"text_embeds": cond.pooled, "time_ids": size.expand(len(x_t), 6)}
+        levels = self.path.levels(t)
+        return net(x_t, levels, encoder_hidden_states=cond.tokens, added_cond_kwargs=told, return_dict=False)[0]
+
+    def decode(self, z: Tensor, *, fast: bool = False) -> Tensor:
+        coder = self.tiny if fast and self.tiny is not None else self.vae
+        config = coder.config
+        images = coder.decode(z.float() / config.scaling_factor + (config.shift_factor or 0.0), return_dict=False)[0]
+        return (images.float() / 2 + 0.5).clamp(0, 1)
+
+    @torch.no_grad()
+    def to_latents(self, images: Tensor) -> Tensor:
+        config = self.vae.config
+        mean = self.vae.encode(images.float() * 2 - 1).latent_dist.mode()
+        return (mean - (config.shift_factor or 0.0)) * config.scaling_factor
+
+    def to(self, device: torch.device) -> SDXL:
+        self.device = device
+        for part in self._parts():
+            part.to(device)
+        return self
+
+
+class _told:
+    """Turns the loaders' many exceptions into one line that names the flag and what was given."""
+
+    def __init__(self, source: str, flag: str) -> None:
+        self.source, self.flag = source, flag
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError)):
+            first_line = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+            raise UserError(
+                f"{self.flag} {self.source}: cannot be loaded ({first_line})",
+                "give a hub id, a diffusers pipeline folder, or a single .safetensors file",
+            ) from error
+
+
+def _is_file(model: str) -> bool:
+    return FilePath(model).is_file()
+
+
+def _load_pipeline(model: str, dtype: torch.dtype) -> StableDiffusionXLPipeline:
+    """Everything but the UNet."""
+    with _told(model, "--pretrained-model"):
+        if _is_file(model):
+            return StableDiffusionXLPipeline.from_single_file(model, unet=None, torch_dtype=dtype, add_watermarker=False)
+        pipe = StableDiffusionXLPipeline.from_pretrained(model, unet=None, torch_dtype=dtype, add_watermarker=False)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+
+def _load_part(kind: Any, source: str, flag: str) -> nn.Module:
+    with _told(source, flag):
+        if _is_file(source):
+            return kind.from_single_file(source, torch_dtype=torch.float32)
+        return kind.from_pretrained(source, torch_dtype=torch.float32)
+
+
+def _alphas_cumprod(pipe: StableDiffusionXLPipeline, model: str) -> Tensor:
+    scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
+    if scheduler.config.prediction_type != "epsilon":
+        raise UserError(
+            f"--pretrained-model {model}: predicts {scheduler.config.prediction_type}, only epsilon is supported",
+            "use a noise-predicting SDXL",
+        )
+    return scheduler.alphas_cumprod.float()

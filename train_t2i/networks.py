@@ -1,0 +1,216 @@
+"""Roles -> (module, adapter): the only place where adapters are made and switched.
+
+An adapter is a named set of LoRA factors on a module.  ``updating(role)`` keeps a role's adapter and scale on through
+forward AND backward, since gradient checkpointing re-runs the forward then; every other call switches and restores.
+Shapes: x_t (B, C, H, W); t (B,) fp32 in [0, 1].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from train_t2i.families.base import Cond, Family
+from train_t2i.schedule import per_row
+
+Role = Literal["generator", "guidance", "teacher"]
+
+LAYOUTS: dict[str, dict[str, tuple[str, str | None]]] = {
+    "shared": {"generator": ("base", "generator"), "guidance": ("base", "guidance"), "teacher": ("base", None)},
+    "paired": {"generator": ("gen", None), "guidance": ("base", "guidance"), "teacher": ("base", None)},
+    "paired_lora": {"generator": ("gen", "generator"), "guidance": ("base", "guidance"), "teacher": ("base", None)},
+    "separate": {"generator": ("gen", None), "guidance": ("gui", None), "teacher": ("base", None)},
+}
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """LoRA of one role: its factor is alpha / rank."""
+
+    rank: int
+    alpha: int
+
+
+def plain() -> AbstractContextManager:
+    return nullcontext()
+
+
+class Networks:
+    """The modules of a run and the roles that are played on them.
+
+    ``autocast`` is entered around network calls only.  The teacher may borrow the guidance adapter at a scale
+    (dynamic distribution guidance): ``predict("teacher", ..., scale=s)`` is the base plus s times that adapter.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        modules: dict[str, nn.Module],
+        layout: str,
+        trains: tuple[Role, ...],
+        autocast: Callable[[], AbstractContextManager] = plain,
+    ) -> None:
+        self.family, self.modules, self.layout, self.trains = family, modules, layout, trains
+        self.routes = LAYOUTS[layout]
+        self.autocast = autocast
+        self.num_calls = 0  # network calls so far; a guided call is one call on twice the rows
+        self._selected: dict[str, tuple[str | None, float]] = {}
+        self._lora = {name: [m for m in net.modules() if isinstance(m, LoraLayer)] for name, net in modules.items()}
+        self._updating: Role | None = None
+        self._graph_scale: float | None = None
+        for name in modules:
+            self._select(name, None, 1.0)
+
+    # -- who is trained ------------------------------------------------------------------------------------------
+
+    def named_parameters(self, role: Role) -> dict[str, nn.Parameter]:
+        """The trainable parameters of a role, by their name inside its module."""
+        name, adapter = self.routes[role]
+        named = self.modules[name].named_parameters()
+        return {key: p for key, p in named if adapter is None or f".{adapter}." in key}
+
+    def parameters(self, role: Role) -> list[nn.Parameter]:
+        return list(self.named_parameters(role).values())
+
+    @contextmanager
+    def updating(self, role: Role) -> Iterator[None]:
+        """Everything that ``role`` predicts inside builds a graph; leave only after its backward."""
+        if self._updating is not None:
+            raise RuntimeError(f"already updating {self._updating}")
+        self._updating, self._graph_scale = role, None
+        before = dict(self._selected)
+        try:
+            yield
+        finally:
+            self._updating = None
+            for name, (adapter, scale) in before.items():
+                self._select(name, adapter, scale)
+
+    # -- predictions ---------------------------------------------------------------------------------------------
+
+    def predict(
+        self, role: Role, x_t: Tensor, t: Tensor, cond: Cond, *, cfg: float | Tensor = 1.0, scale: float | None = None
+    ) -> Tensor:
+        """(B, C, H, W) raw network output, fp32.  ``cfg`` is a number or (B,); exactly 1 means no guidance.
+
+        ``scale`` multiplies the role's adapter (1 unless given); for the teacher it is how much of the guidance adapter
+        it borrows (0 unless given).  Builds a graph iff ``role`` is being updated.
+        """
+        scale = (0.0 if role == "teacher" else 1.0) if scale is None else scale
+        name, adapter = self._route(role, scale)
+        builds_graph = role == self._updating
+        if builds_graph and self._graph_scale not in (None, scale):
+            raise RuntimeError(f"{role} was called at adapter scales {self._graph_scale} and {scale} in one update")
+        before = self._selected[name]
+        self._select(name, adapter, scale)
+        self.num_calls += 1
+        try:
+            with torch.set_grad_enabled(builds_graph), self.autocast():
+                return self._guided(self.modules[name], x_t, t, cond, cfg)
+        finally:
+            if builds_graph:  # stays on for the recomputation in backward
+                self._graph_scale = scale
+            else:
+                self._select(name, *before)
+
+    def x0(
+        self, role: Role, x_t: Tensor, t: Tensor, cond: Cond, *, cfg: float | Tensor = 1.0, scale: float | None = None
+    ) -> Tensor:
+        """(B, C, H, W) fp32: the clean estimate behind ``predict``."""
+        return self.family.path.to_x0(x_t, self.predict(role, x_t, t, cond, cfg=cfg, scale=scale), t)
+
+    def _guided(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Cond, cfg: float | Tensor) -> Tensor:
+        if not isinstance(cfg, Tensor) and cfg == 1.0:
+            return self.family.call(net, x_t, t, cond).float()
+        # Classifier-free guidance (arXiv 2207.12598): uncond + w (cond - uncond), both halves in one call
+        out = self.family.call(net, torch.cat([x_t, x_t]), torch.cat([t, t]), cond.with_negative()).float()
+        negative, positive = out.chunk(2)
+        weight = per_row(cfg, positive) if isinstance(cfg, Tensor) else cfg
+        return negative + weight * (positive - negative)
+
+    def _route(self, role: Role, scale: float) -> tuple[str, str | None]:
+        name, adapter = self.routes[role]
+        if role != "teacher" or scale == 0.0:
+            return name, adapter
+        guidance_module, guidance_adapter = self.routes["guidance"]
+        if guidance_module != name:
+            raise ValueError(f"layout {self.layout}: the teacher has no guidance adapter to borrow at scale {scale}")
+        return name, guidance_adapter
+
+    def _select(self, name: str, adapter: str | None, scale: float) -> None:
+        """Switch a module's LoRA layers; touches neither requires_grad nor any optimizer (peft's set_adapter does)."""
+        if self._selected.get(name) == (adapter, scale):
+            return
+        for layer in self._lora[name]:
+            layer._disable_adapters = adapter is None
+            if adapter is not None and adapter in layer.lora_A:
+                layer._active_adapter = [adapter]
+                layer.scaling[adapter] = layer.lora_alpha[adapter] / layer.r[adapter] * scale
+        self._selected[name] = (adapter, scale)
+
+
+def lora_config(family: Family, spec: AdapterSpec) -> LoraConfig:
+    return LoraConfig(
+        r=spec.rank, lora_alpha=spec.alpha, target_modules=list(family.lora_targets), init_lora_weights="gaussian"
+    )
+
+
+def add_adapter(net: nn.Module, family: Family, adapter: str, spec: AdapterSpec) -> None:
+    """Put the LoRA factors ``adapter`` on every target of ``net``, in fp32 whatever the base is kept in."""
+    inject_adapter_in_model(lora_config(family, spec), net, adapter_name=adapter)
+    for key, parameter in net.named_parameters():
+        if f".{adapter}." in key:
+            parameter.data = parameter.data.float()
+
+
+def build_networks(
+    family: Family,
+    layout: str,
+    adapters: dict[Role, AdapterSpec],
+    *,
+    uses: tuple[Role, ...],
+    trains: tuple[Role, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    checkpointing: bool = False,
+    autocast: Callable[[], AbstractContextManager] = plain,
+    prepare: Callable[[dict[str, nn.Module]], None] = lambda modules: None,
+) -> Networks:
+    """Load what the used roles need, once; trained full modules in fp32, frozen ones in ``dtype``.
+
+    ``prepare(modules)`` may load other weights into "gen" before adapters are put on (an initialised generator).
+    """
+    routes = LAYOUTS[layout]
+    needed = {routes[role][0] for role in uses}
+    full = {routes[role][0] for role in trains if routes[role][1] is None}
+    modules = {name: family.load(torch.float32 if name in full else dtype) for name in sorted(needed)}
+    prepare(modules)
+    for role in (r for r in uses if routes[r][1] is not None):
+        add_adapter(modules[routes[role][0]], family, str(routes[role][1]), adapters[role])
+    for net in modules.values():
+        net.requires_grad_(False).to(device)
+        if checkpointing:
+            net.enable_gradient_checkpointing()
+    networks = Networks(family, modules, layout, trains, autocast)
+    for role in trains:
+        for parameter in networks.parameters(role):
+            parameter.requires_grad_(True)
+    return networks
+
+
+def export_adapter(networks: Networks, role: Role, spec: AdapterSpec) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A role's LoRA as peft saves it: (tensors of adapter_model.safetensors, adapter_config.json)."""
+    _, adapter = networks.routes[role]
+    tensors = {
+        "base_model.model." + key.replace(f".{adapter}.", "."): p.detach().cpu().contiguous()
+        for key, p in networks.named_parameters(role).items()
+    }
+    config = lora_config(networks.family, spec).to_dict()
+    return tensors, {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}

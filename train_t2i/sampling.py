@@ -1,0 +1,61 @@
+"""Samplers over a clean-estimate callable.  A graph is built iff the callable's role is being updated.
+
+Shapes: x is (B, C, H, W); grid is (N + 1,) fp32 descending to 0; ``x0_at(x_t, t) -> x0`` with t (B,).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from train_t2i.schedule import Path, per_row
+
+X0At = Callable[[Tensor, Tensor], Tensor]
+
+
+def rows_at(time: Tensor, like: Tensor) -> Tensor:
+    """A 0-dim time -> (B,) on ``like``'s device."""
+    return time.to(like.device, torch.float32).expand(len(like))
+
+
+def few_step(x0_at: X0At, path: Path, grid: Tensor, noise: Tensor, renoise: Callable[[int], Tensor]) -> Tensor:
+    """The student's sample: at each grid time estimate x0, then re-noise it to the next; (B, C, H, W).
+
+    ``renoise(i)`` gives the fresh noise that leads to grid time i (consistency-style sampling, as DMD2 and LCM).
+    """
+    x = noise
+    for i in range(len(grid) - 1):
+        x0 = x0_at(x, rows_at(grid[i], x))
+        x = path.step(x, x0, rows_at(grid[i], x), rows_at(grid[i + 1], x), None if grid[i + 1] == 0 else renoise(i + 1))
+    return x
+
+
+def simulate_to(
+    x0_at: X0At, path: Path, grid: Tensor, noise: Tensor, renoise: Callable[[int], Tensor], level: Tensor
+) -> Tensor:
+    """Backward simulation (DMD2 section 4.4): run the student as at inference; (B, C, H, W) fp32.
+
+    Row b is the clean estimate that the student made at its own grid time ``level[b]`` (B,) int64.  The run stops at the
+    largest level drawn: max(level) + 1 network calls.
+    """
+    level = level.to(noise.device)
+    kept = torch.empty_like(noise, dtype=torch.float32)
+    x = noise
+    for i in range(int(level.max()) + 1):
+        x0 = x0_at(x, rows_at(grid[i], x)).float()
+        kept = torch.where(per_row(level == i, x0), x0, kept)
+        if i < level.max():
+            x = path.step(x, x0, rows_at(grid[i], x), rows_at(grid[i + 1], x), renoise(i + 1))
+    return kept
+
+
+def many_step(x0_at: X0At, path: Path, num_steps: int, noise: Tensor) -> Tensor:
+    """The teacher's sample: the deterministic path from pure noise in ``num_steps`` steps; (B, C, H, W)."""
+    grid = path.dense_grid(num_steps)
+    x = noise
+    for i in range(num_steps):
+        x0 = x0_at(x, rows_at(grid[i], x))
+        x = path.step(x, x0, rows_at(grid[i], x), rows_at(grid[i + 1], x))
+    return x
