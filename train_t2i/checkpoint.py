@@ -3,38 +3,32 @@
     ROOT/checkpoints/PART/step-N/STEM.safetensors, STEM.json      the objects
     ROOT/checkpoints/torch_units/step-N.pt                        the record, written last
 
-The record is a plain dict (``torch.load(..., weights_only=True)``): what the caller gave, plus ``version``, ``step`` and
-``manifest`` {file: [bytes, xxh3_128]}; its own digest is the comment at the end of the zip archive that it is.  No record,
-no checkpoint.  Nothing is parsed before its digest holds, and the newest checkpoint is computed, never stored.
+The record is a plain dict (``torch.load(..., weights_only=True)``): what the caller gave, plus ``version``, ``step``
+and ``manifest`` {file: [bytes, xxh3_128]}; its own digest is the comment at the end of the zip archive that it is.
+No record, no checkpoint.  Nothing is parsed before its digest holds; the newest is computed, never stored.
 """
 
 import contextlib
-import io
 import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-import torch
-import xxhash
 from torch import Tensor
+from torch.optim import Optimizer
 
 from train_t2i import storage
-from train_t2i.errors import EXIT_DISK, EXIT_USER, UserError
+from train_t2i.errors import EXIT_DISK, UserError
+from train_t2i.storage import Damaged
 
-VERSION = 1
 RECORDS = "torch_units"
 TEMPORARY = ".tmp-"
-OWN_FIELDS = ("version", "step", "manifest")
 STEP = re.compile(r"step-(0|[1-9][0-9]*)")
-FILE = re.compile(r"(\w+)/step-([0-9]+)/(\w+)\.(safetensors|json)", re.ASCII)
-SEAL = b"xxh3_128:"
-SEAL_BYTES = len(SEAL) + 32
 SPARE_BYTES = 1 << 20  # records, JSON, folders: what a save needs besides its tensors
 Manifest = dict[str, list]
 log = logging.getLogger(__name__)
@@ -46,10 +40,6 @@ class Part:
 
     tensors: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     values: Mapping[str, Any] = field(default_factory=dict)
-
-
-class Damaged(Exception):
-    """A checkpoint that must not be used; the text names the file and what is wrong with it."""
 
 
 @dataclass(frozen=True)
@@ -72,32 +62,31 @@ class RunFolder:
         return sorted((int(match[1]) for match in found if match), reverse=True)
 
     @contextlib.contextmanager
-    def lock(self):
+    def lock(self) -> Iterator[None]:
         """Keep other runs out of this folder, which is made if need be.  Raises UserError: EXIT_LOCKED, EXIT_USER."""
         try:
             storage.make_folder(self.root)
-            holding = storage.lock(self.root / ".lock")
-            holding.__enter__()
+            held = storage.take_lock(self.root / ".lock")
         except OSError as error:
             raise UserError(
                 f"cannot write to the output folder {self.root}: {error.strerror}", "choose another --output-dir"
             ) from None
-        with contextlib.ExitStack() as stack:
-            stack.push(holding)
+        try:
             yield
+        finally:
+            storage.release_lock(held)
 
     def save(self, step: int, parts: Mapping[str, Part], record: Mapping[str, Any]) -> Path:
         """Write the checkpoint of ``step`` and return its record's path; one that is there and verifies is left alone.
 
-        ``record`` holds what torch loads with weights_only: numbers, text, lists, dicts, tensors.  When the disk is full
-        or fails, what was begun is removed, older checkpoints stay as they are, and UserError (EXIT_DISK) says so.
+        ``record`` holds what torch loads with weights_only: numbers, text, lists, dicts, tensors.  When the disk is
+        full or fails, what was begun is removed, older checkpoints stay, and UserError (EXIT_DISK) says so.
         """
         path = self.record(step)
-        _check_names(parts, record)
-        sealed = _seal({"version": VERSION, "step": step, "manifest": {}, **record})  # refuse what cannot be loaded, early
+        _check_names(parts)
+        needed = len(storage.seal(step, {}, record)) + SPARE_BYTES + sum(_tensor_bytes(part) for part in parts.values())
         if path.exists() and not self.damage(path):
             return path
-        needed = len(sealed) + SPARE_BYTES + sum(_tensor_bytes(part) for part in parts.values())
         try:
             if storage.free_bytes(self.folder) < needed:
                 raise OSError(storage.FULL[0], os.strerror(storage.FULL[0]))
@@ -105,7 +94,7 @@ class RunFolder:
             manifest = self._write_parts(step, parts)
             fresh = path.with_name(TEMPORARY + path.name)
             storage.make_folder(path.parent)
-            storage.write_bytes(fresh, _seal({"version": VERSION, "step": step, "manifest": manifest, **record}))
+            storage.write_bytes(fresh, storage.seal(step, manifest, record))
             storage.rename(fresh, path)
         except OSError as error:
             with contextlib.suppress(OSError):
@@ -138,14 +127,16 @@ class RunFolder:
         """
         others = ", ".join(str(step) for step in self.steps()[:5]) or "none"
         try:
-            record = read_record(record_path)
+            record = storage.read_record(record_path)
             chosen = _part_names(record) if parts is None else list(parts)
             if missing := [name for name in chosen if name not in _part_names(record)]:
-                raise UserError(f"{record_path} has no part {', '.join(missing)}", f"it has: {', '.join(_part_names(record))}")
+                raise UserError(
+                    f"{record_path} has no part {', '.join(missing)}", f"it has: {', '.join(_part_names(record))}"
+                )
             self._verify(record, chosen)
             return {name: self._read_part(record, name) for name in chosen}, record
         except Damaged as error:
-            raise UserError(str(error), f"use another checkpoint; steps in this run: {others}", EXIT_USER) from None
+            raise UserError(str(error), f"use another checkpoint; steps in this run: {others}") from None
 
     def _read_part(self, record: Mapping[str, Any], part: str) -> Part:
         tensors, values = {}, {}
@@ -180,7 +171,7 @@ class RunFolder:
     def damage(self, record_path: Path) -> str | None:
         """What is wrong with a checkpoint, in one line, or None.  Reads every file of it."""
         try:
-            record = read_record(record_path)
+            record = storage.read_record(record_path)
             self._verify(record, _part_names(record))
         except (Damaged, UserError) as error:
             return str(error)
@@ -216,7 +207,7 @@ class RunFolder:
                 log.warning("cannot remove the old checkpoint of step %d: %s", step, error)
 
     def clean(self) -> list[str]:
-        """Remove what crashed saves left behind and return its paths below the run folder.  To be called under ``lock``."""
+        """Remove what crashed saves left and return its paths, as seen from the run folder.  Call it under ``lock``."""
         committed, removed = set(self.steps()), []
         for path in sorted(self.folder.glob("*/*")):
             match = STEP.fullmatch(path.name)
@@ -254,7 +245,10 @@ class RunFolder:
 
 def run_of(record_path: Path) -> RunFolder:
     """The run that a record belongs to: ROOT of ROOT/checkpoints/torch_units/step-N.pt.  Raises UserError."""
-    for path in (record_path.expanduser().absolute(), record_path.expanduser().resolve()):  # as named, then through links
+    for path in (
+        record_path.expanduser().absolute(),
+        record_path.expanduser().resolve(),
+    ):  # as named, then through links
         if STEP.fullmatch(path.stem) and path.suffix == ".pt":
             records, folder = path.parent, path.parent.parent
             if (records.name, folder.name) == (RECORDS, "checkpoints"):
@@ -265,55 +259,76 @@ def run_of(record_path: Path) -> RunFolder:
     )
 
 
-def read_record(path: Path) -> dict[str, Any]:
-    """The dict in a record file.  Raises Damaged when it is not whole, UserError when it is not there or not for us."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"no checkpoint at {path}: {error.strerror}", "give a .../torch_units/step-N.pt, or latest") from None
-    body, comment = data[:-SEAL_BYTES], data[-SEAL_BYTES:]
-    if comment != SEAL + xxhash.xxh3_128_hexdigest(body).encode():
-        raise Damaged(f"{path} is damaged, or not a checkpoint of this toolkit: its digest is not the one that was saved")
-    try:
-        record = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a file with a right digest may hold, it is one line to its reader
-        raise Damaged(f"{path} cannot be read without running code in it: {str(error).splitlines()[0][:200]}") from None
-    if not isinstance(record, dict) or not isinstance(record.get("version"), int):
-        raise Damaged(f"{path} is not a checkpoint of this toolkit")
-    if record["version"] > VERSION:
-        raise UserError(f"{path} was written by a newer version of this toolkit", "update the toolkit")
-    if path.stem != f"step-{record.get('step')}" or not _sound(record.get("manifest"), record["step"]):
-        raise Damaged(f"{path} does not describe step {path.stem.removeprefix('step-')}")
-    return record
+def optimizer_part(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors, JSON values) of an optimizer's whole state, keyed by parameter name.
+
+    ``parameters`` names every parameter of the optimizer (``dict(module.named_parameters())``; others are ignored).
+    Learning rates and the other settings of the groups are not state: they come from the config.
+    """
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
+    tensors: dict[str, Tensor] = {}
+    values: dict[str, dict] = {}
+    named = _named(optimizer, parameters)
+    for name, parameter in named.items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                tensors[f"{name}/{key}"] = value
+            elif value is None or isinstance(value, bool | int | float | str):
+                values.setdefault(name, {})[key] = value
+            else:
+                raise TypeError(
+                    f"{type(optimizer).__name__} keeps a {type(value).__name__} as {key}: not known how to save it"
+                )
+    return tensors, {"optimizer": type(optimizer).__name__, "parameters": list(named), "state": values}
 
 
-def _sound(manifest: object, step: int) -> bool:
-    """A manifest names files of its own step only, inside the run's folder."""
-    if not isinstance(manifest, dict):
-        return False
-    names = [FILE.fullmatch(name) for name in manifest if isinstance(name, str)]
-    return len(names) == len(manifest) and all(match and match[2] == str(step) for match in names)
+def load_optimizer(
+    optimizer: Optimizer, parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor], values: Mapping[str, Any]
+) -> None:
+    """Put back what ``optimizer_part`` took, bit for bit, in its own dtype.  Raises UserError when it does not fit."""
+    optimizer = getattr(optimizer, "optimizer", optimizer)
+    named = _named(optimizer, parameters)
+    if (saved := values["optimizer"]) != (mine := type(optimizer).__name__):
+        raise UserError(
+            f"the checkpoint holds the state of {saved}, this run trains with {mine}", "use the same optimizer flags"
+        )
+    if odd := sorted(set(values["parameters"]) ^ set(named)):
+        raise UserError(
+            f"the checkpoint and this run train different parameters: {odd[0]} and {len(odd) - 1} more are in one only",
+            "use the same model, layout and ranks",
+        )
+    optimizer.state.clear()
+    steps_on_device = {
+        id(parameter): bool(group.get("capturable") or group.get("fused"))
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+    for name, state in values["state"].items():
+        optimizer.state[named[name]].update(state)
+    for label, tensor in tensors.items():
+        name, key = label.rsplit("/", 1)
+        parameter = named[name]
+        stays = key == "step" and not steps_on_device[id(parameter)]  # torch counts on the CPU, except in fused kernels
+        device = tensor.device if stays else parameter.device
+        optimizer.state[parameter][key] = tensor.detach().to(device, copy=True)
 
 
-def _seal(record: Mapping[str, Any]) -> bytes:
-    """A zip archive as torch.save writes it, with the digest of all bytes before as its comment."""
-    buffer = io.BytesIO()
-    torch.save(dict(record), buffer)
-    torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)  # raises on what could be saved but never loaded
-    body = buffer.getvalue()
-    if body[-22:-18] != b"PK\x05\x06" or body[-2:] != b"\0\0":
-        raise RuntimeError("torch.save no longer ends with a plain zip directory")
-    body = body[:-2] + SEAL_BYTES.to_bytes(2, "little")
-    return body + SEAL + xxhash.xxh3_128_hexdigest(body).encode()
+def _named(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """name -> parameter, for those that the optimizer holds, in its own order."""
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if nameless := [tuple(parameter.shape) for parameter in held if id(parameter) not in names]:
+        raise ValueError(
+            f"the optimizer holds {len(nameless)} parameters without a name, the first of shape {nameless[0]}"
+        )
+    return {names[id(parameter)]: parameter for parameter in held}
 
 
-def _check_names(parts: Mapping[str, Part], record: Mapping[str, Any]) -> None:
+def _check_names(parts: Mapping[str, Part]) -> None:
     """Mistakes of the caller, not of a person: they raise ValueError."""
     words = [*parts, *(stem for part in parts.values() for stem in (*part.tensors, *part.values))]
     if wrong := [word for word in words if not re.fullmatch(r"\w+", word, re.ASCII) or word == RECORDS]:
         raise ValueError(f"not usable as a file name: {wrong}")
-    if taken := set(OWN_FIELDS) & set(record):
-        raise ValueError(f"these fields of a record are written here: {sorted(taken)}")
     if empty := [name for name, part in parts.items() if not part.tensors and not part.values]:
         raise ValueError(f"nothing in {empty}")
 

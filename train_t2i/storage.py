@@ -7,23 +7,35 @@ every point of a save can be tried.  A file is durable only after ``sync`` of th
 import contextlib
 import errno
 import fcntl
+import io
 import json
 import os
 import re
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
+import torch
 import xxhash
 from torch import Tensor
 
 from train_t2i.errors import EXIT_LOCKED, UserError
 
 CHUNK_BYTES = 8 << 20
+VERSION = 1
+FILE = re.compile(r"\w+/step-(\d+)/\w+\.(?:safetensors|json)", re.ASCII)
+SEAL = b"xxh3_128:"
+SEAL_BYTES = len(SEAL) + 32
+Manifest = dict[str, list]  # file below checkpoints/ -> [bytes, xxh3_128 as hex]
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class Damaged(Exception):
+    """A file that must not be used; the text names it and says what is wrong with it."""
 
 
 def before(operation: str, path: Path) -> None:
@@ -140,24 +152,12 @@ def human(count: int) -> str:
     return f"{value:.1f} TB"
 
 
-@contextlib.contextmanager
-def lock(path: Path) -> Iterator[None]:
-    """Hold ``path`` as the lock of one process, its host and pid inside.
+def take_lock(path: Path) -> int:
+    """Lock ``path`` for this process, its host and pid inside, and return the descriptor that holds it.
 
     The kernel drops the lock with its holder, so a crash leaves none.  Raises UserError (EXIT_LOCKED) while another
-    process holds it.
+    process holds it, OSError when the file cannot be made.
     """
-    descriptor = _take(path)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            os.ftruncate(descriptor, 0)
-        os.close(descriptor)
-
-
-def _take(path: Path) -> int:
-    """An open descriptor of the lock file, locked and signed."""
     suspect = 0
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -187,6 +187,12 @@ def _take(path: Path) -> int:
         os.close(descriptor)  # somebody removed it in between: try with the new one
 
 
+def release_lock(descriptor: int) -> None:
+    with contextlib.suppress(OSError):
+        os.ftruncate(descriptor, 0)
+    os.close(descriptor)
+
+
 def _sign(descriptor: int) -> int:
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, f"{socket.gethostname()} {os.getpid()}\n".encode(), 0)
@@ -214,3 +220,55 @@ def _same_file(descriptor: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:
         return False
+
+
+def seal(step: int, manifest: Manifest, record: Mapping[str, Any]) -> bytes:
+    """A record as bytes: the zip archive that torch.save writes, with the digest of all bytes before as its comment."""
+    whole = {"version": VERSION, "step": step, "manifest": manifest}
+    if taken := set(whole) & set(record):
+        raise ValueError(f"these fields of a record are written here: {sorted(taken)}")
+    buffer = io.BytesIO()
+    torch.save(whole | dict(record), buffer)
+    torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)  # raises on what could be saved but never loaded
+    body = buffer.getvalue()
+    if body[-22:-18] != b"PK\x05\x06" or body[-2:] != b"\0\0":
+        raise RuntimeError("torch.save no longer ends with a plain zip directory")
+    body = body[:-2] + SEAL_BYTES.to_bytes(2, "little")
+    return body + SEAL + xxhash.xxh3_128_hexdigest(body).encode()
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """The dict in a record file.  Raises Damaged when it is not whole, UserError when it is not there or not for us."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"no checkpoint at {path}: {error.strerror}", "give a .../torch_units/step-N.pt, or latest"
+        ) from None
+    body, comment = data[:-SEAL_BYTES], data[-SEAL_BYTES:]
+    if comment != SEAL + xxhash.xxh3_128_hexdigest(body).encode():
+        raise Damaged(
+            f"{path} is damaged, or not a checkpoint of this toolkit: its digest is not the one that was saved"
+        )
+    try:
+        record = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a file with a right digest may hold, it is one line to its reader
+        raise Damaged(f"{path} cannot be read without running code in it: {str(error).splitlines()[0][:200]}") from None
+    if not isinstance(record, dict) or not isinstance(record.get("version"), int):
+        raise Damaged(f"{path} is not a checkpoint of this toolkit")
+    if record["version"] > VERSION:
+        raise UserError(f"{path} was written by a newer version of this toolkit", "update the toolkit")
+    if path.stem != f"step-{record.get('step')}" or not _sound(record.get("manifest"), record["step"]):
+        raise Damaged(f"{path} does not describe step {path.stem.removeprefix('step-')}")
+    return record
+
+
+def _sound(manifest: object, step: int) -> bool:
+    """A manifest names files of its own step only, inside the run's folder."""
+    if not isinstance(manifest, dict):
+        return False
+    for name, entry in manifest.items():
+        match = FILE.fullmatch(name) if isinstance(name, str) else None
+        if not match or match[1] != str(step) or [type(item) for item in entry] != [int, str]:
+            return False
+    return True
