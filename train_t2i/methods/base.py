@@ -1,0 +1,108 @@
+"""What a method is: what it trains, what it needs simulated, and its losses.
+
+Shapes: B rows; C H W latent; t (B,) fp32 in [0, 1]; images (B, 3, H, W) in [0, 1].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from train_t2i.families.base import Cond, Family
+from train_t2i.networks import Networks, Role
+from train_t2i.randomness import Draw
+from train_t2i.sampling import few_step
+
+Metrics = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of this process.  ``indices`` count samples over the whole run: they key every random draw."""
+
+    indices: Sequence[int]
+    prompts: list[str]
+    images: Tensor | None = None  # (B, 3, H, W)
+    noise: Tensor | None = None  # (B, C, H, W) the noise that a stored latent was made from
+    latents: Tensor | None = None  # (B, C, H, W) the teacher's result
+
+
+@dataclass(frozen=True)
+class RewardTerm:
+    """A reward in the loss: weight x mean relu(margin - score), on prompts with ``prefix`` before them."""
+
+    name: str
+    score: Callable[..., Tensor]  # (images, prompts, tick=) -> (B,)
+    weight: float
+    margin: float
+    prefix: str = ""
+
+    def prompts(self, prompts: Sequence[str]) -> list[str]:
+        return [f"{self.prefix} {prompt}" if self.prefix else prompt for prompt in prompts]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where a method works: its networks, its grid of times, the latent's shape and the run's seed."""
+
+    networks: Networks
+    family: Family
+    grid: Tensor  # (N + 1,) fp32
+    latent_shape: tuple[int, int, int]
+    seed: int
+    device: torch.device
+    rewards: tuple[RewardTerm, ...] = ()
+
+    def draw(self, tick: int, indices: Sequence[int]) -> Draw:
+        return Draw(self.seed, tick, indices, self.device)
+
+
+class Method(Protocol):
+    """One file a method.  ``rollout`` builds no graph; ``losses`` yields ``parts`` losses, one backward each."""
+
+    uses: tuple[Role, ...]
+    trains: tuple[Role, ...]
+    data: Literal["prompts", "images", "pairs"]
+    parts: int
+    ticks_per_step: int
+    columns: dict[Role, tuple[str, ...]]  # the metrics that ``losses`` reports, a role
+
+    def roles_at(self, tick: int) -> tuple[Role, ...]: ...
+
+    def rollout(self, batch: Batch, tick: int) -> Any: ...
+
+    def losses(self, role: Role, rollout: Any, tick: int) -> Iterator[tuple[Tensor, Metrics]]: ...
+
+    def sample(self, cond: Cond, noise: Tensor, renoise: Callable[[int], Tensor]) -> Tensor: ...
+
+
+def sample_student(setting: Setting, cond: Cond, noise: Tensor, renoise: Callable[[int], Tensor]) -> Tensor:
+    """The generator's few steps on its training grid, without guidance; (B, C, H, W)."""
+    networks = setting.networks
+
+    def x0_at(x: Tensor, t: Tensor) -> Tensor:
+        return networks.x0("generator", x, t, cond)
+
+    return few_step(x0_at, setting.family.path, setting.grid, noise, renoise)
+
+
+def drop_captions(cond: Cond, dropped: Tensor) -> Cond:
+    """Rows where ``dropped`` (B,) bool is true get the negative conditioning; (B, ...) as before."""
+    assert cond.negative is not None
+
+    def choose(positive: Tensor | None, negative: Tensor | None) -> Tensor | None:
+        if positive is None or negative is None:
+            return positive
+        return torch.where(dropped.reshape(-1, *[1] * (positive.ndim - 1)), negative, positive)
+
+    return replace(
+        cond,
+        tokens=choose(cond.tokens, cond.negative.tokens),
+        pooled=choose(cond.pooled, cond.negative.pooled),
+        mask=choose(cond.mask, cond.negative.mask),
+        negative=None,
+    )
