@@ -13,7 +13,7 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -32,6 +32,8 @@ MAX_IMAGE_PIXELS = 64_000_000
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f]")  # all but the tab
 CONTROL_BYTES = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]|\xc2[\x80-\x9f]")  # the same in UTF-8
+NO_CONTROL = bytes([9, 10, *range(0x20, 0x7F), *range(0x80, 0x100)])
+BLOCK_BYTES = 1 << 20
 log = logging.getLogger(__name__)
 
 
@@ -109,7 +111,7 @@ def _clean(value: object, name: str, path: Path, number: int) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise UserError(f"{_place(path, number)}: {name} is {_short(json.dumps(value, default=str))}, not text")
+        raise UserError(f"{_place(path, number)}: {name} is {_short(repr(value))}, not text")
     text = re.sub(r"[\r\n\t]+", " ", value).strip()
     if bad := CONTROL.search(text):
         raise UserError(f"{_place(path, number)}: control character U+{ord(bad[0]):04X} in {name}", "remove it")
@@ -129,23 +131,42 @@ def _clean(value: object, name: str, path: Path, number: int) -> str:
 
 def _lines(path: Path, limit: int) -> Iterator[tuple[int, str]]:
     """(line number from 1, text) of a UTF-8 file, split at \\n and \\r\\n only.  Raises UserError."""
+    number = 0
     with _open(path) as file:
-        number = 0
-        while raw := file.readline(limit + 3):
-            number += 1
-            if number == 1 and raw.startswith(codecs.BOM_UTF8):
-                raw = raw[3:]
-            raw = raw.removesuffix(b"\n").removesuffix(b"\r")
-            if len(raw) > limit:
-                raise UserError(f"{path}:{number}: a line longer than {limit} bytes", "one prompt a line, not so long")
-            try:
-                text = raw.decode()
-            except UnicodeDecodeError as error:
-                raise UserError(f"{path}:{number}:{error.start + 1}: not valid UTF-8", _encoding_hint(raw)) from None
-            if bad := CONTROL_BYTES.search(raw):
-                kind = "NUL byte" if bad[0] == b"\0" else f"control character U+{ord(bad[0].decode()):04X}"
-                raise UserError(f"{path}:{number}:{bad.start() + 1}: {kind}", "save the file as plain UTF-8 text")
-            yield number, text
+        while block := file.read(BLOCK_BYTES) + file.readline(limit + 3):  # up to the end of a line, if that is near
+            if number == 0:
+                block = block.removeprefix(codecs.BOM_UTF8)
+            sound = _sound_lines(block, limit)
+            if sound is None:  # something is wrong in it, or it ends in a lone \\r: look at each line
+                raws = enumerate(block.removesuffix(b"\n").split(b"\n"), number + 1)
+                sound = (_line(raw.removesuffix(b"\r"), f"{path}:{place}", limit) for place, raw in raws)
+            for text in sound:
+                number += 1
+                yield number, text
+
+
+def _sound_lines(block: bytes, limit: int) -> Iterable[str] | None:
+    """The lines of whole megabytes at once, or None if any of them may be refused."""
+    block = block.replace(b"\r\n", b"\n").removesuffix(b"\n")
+    if max(map(len, block.split(b"\n"))) > limit or block.translate(None, NO_CONTROL):
+        return None
+    try:
+        return None if re.search(rb"\xc2[\x80-\x9f]", block) else block.decode().split("\n")
+    except UnicodeDecodeError:
+        return None
+
+
+def _line(raw: bytes, place: str, limit: int) -> str:
+    if len(raw) > limit:
+        raise UserError(f"{place}: a line longer than {limit} bytes", "one prompt a line, not so long")
+    try:
+        text = raw.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{place}:{error.start + 1}: not valid UTF-8", _encoding_hint(raw)) from None
+    if bad := CONTROL_BYTES.search(raw):
+        kind = "NUL byte" if bad[0] == b"\0" else f"control character U+{ord(bad[0].decode()):04X}"
+        raise UserError(f"{place}:{bad.start() + 1}: {kind}", "save the file as plain UTF-8 text")
+    return text
 
 
 def _encoding_hint(raw: bytes) -> str:
