@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from train_t2i.config import METHOD_CONFIGS, METHOD_NAMES, Config, Settings, check, fields_of
+from train_t2i.config import METHOD_CONFIGS, METHOD_NAMES, Config, Settings, check, check_bounds, fields_of
 from train_t2i.errors import UserError
 
 # diffusers' training scripts -> ours
@@ -137,5 +137,18 @@ def _unknown_flag(argument: str, method: str) -> UserError:
     field = name.removeprefix("--").replace("-", "_")
     for other in METHOD_NAMES:
         if other != method and field in fields_of(other):
-            return UserError(f"{name} does nothing for --method {method}", f"it belongs to --method {other}: leave it out")
+            return UserError(
+                f"{name} does nothing for --method {method}", f"it belongs to --method {other}: leave it out"
+            )
     return UserError(f"{name}: unknown flag", "see python -m train_t2i train --help")
+
+
+def parse_verb(kind: type, verb: str, arguments: Sequence[str]) -> Any:
+    """Flags of a verb other than train -> its dataclass, bounds checked."""
+    parser = Parser(prog=f"python -m train_t2i {verb}", description=kind.__doc__, allow_abbrev=False)
+    add_flags(parser, kind, "flags")
+    values = vars(parser.parse_args([spelled(argument) for argument in arguments]))
+    for field in dataclasses.fields(kind):
+        if field.name in values:
+            check_bounds("--" + field.name.replace("_", "-"), values[field.name], field.metadata)
+    return kind(**values)

@@ -80,7 +80,9 @@ class Config:
     use_8bit_adam: bool = flag(False, "AdamW with 8-bit state (bitsandbytes)")
     max_grad_norm: float = flag(1.0, "gradients are scaled down to this norm; 0: never", low=0)
     gradient_accumulation_steps: int = flag(1, "micro-batches an update", low=1)
-    gradient_checkpointing: bool = flag(False, "recompute activations in backward: less memory, more time", resume="warn")
+    gradient_checkpointing: bool = flag(
+        False, "recompute activations in backward: less memory, more time", resume="warn"
+    )
     mixed_precision: str = flag("fp16", "number format of the network calls", choices=("no", "fp16", "bf16"))
     seed: int = flag(30, "seed of everything random", low=0)
     # -- run
@@ -121,7 +123,9 @@ class DMDRConfig:
     gen_b: float = flag(1.0, "second parameter (beta: beta, logit_normal: deviation)", above=0)
     gui_a: float = flag(4.0, "first parameter of --s-type-gui")
     gui_b: float = flag(1.5, "second parameter", above=0)
-    clip_reward_model: str | None = flag(None, "CLIP reward: weights file (DFN5B ViT-H-14) or tower folder; on iff given")
+    clip_reward_model: str | None = flag(
+        None, "CLIP reward: weights file (DFN5B ViT-H-14) or tower folder; on iff given"
+    )
     hpsv2_reward_model: str | None = flag(None, "HPSv2.1 reward: weights file or tower folder; on iff given")
     reward_clip_weight: float = flag(0.3, "weight of the CLIP loss", low=0)
     reward_hps_weight: float = flag(0.3, "weight of the HPS loss", low=0)
@@ -141,7 +145,7 @@ class SFTConfig:
     caption_dropout: float = flag(0.1, "share of rows trained without their caption", low=0, high=1)
 
 
-METHOD_CONFIGS: dict[str, type] = {"dmdr": DMDRConfig, "ode": ODEConfig, "sft": SFTConfig}
+METHOD_CONFIGS: dict[str, type[Any]] = {"dmdr": DMDRConfig, "ode": ODEConfig, "sft": SFTConfig}
 
 
 @dataclass(frozen=True)
@@ -153,6 +157,17 @@ class Settings:
 
     def as_dict(self) -> dict[str, Any]:
         return {**dataclasses.asdict(self.run), **dataclasses.asdict(self.method)}
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> Settings:
+        """Back from ``as_dict``; settings of older versions that are gone are left out."""
+        method = METHOD_CONFIGS[values["method"]]
+        own = {f.name for f in dataclasses.fields(method)}
+        common = {f.name for f in dataclasses.fields(Config)}
+        return Settings(
+            Config(**{k: v for k, v in values.items() if k in common}),
+            method(**{k: v for k, v in values.items() if k in own}),
+        )
 
     @property
     def size_px(self) -> tuple[int, int]:
@@ -178,11 +193,13 @@ def check(settings: Settings) -> None:
     """Raise a UserError that names the flag and the fix, for values out of bounds and combinations that cannot work."""
     values = settings.as_dict()
     for name, field in fields_of(settings.run.method).items():
-        _check_bounds("--" + name.replace("_", "-"), values[name], field.metadata)
+        check_bounds("--" + name.replace("_", "-"), values[name], field.metadata)
     height, width = settings.size_px
     run = settings.run
     if height % 8 or width % 8:
-        raise UserError(f"--resolution {run.resolution}: sides must be multiples of 8", "the VAE halves them three times")
+        raise UserError(
+            f"--resolution {run.resolution}: sides must be multiples of 8", "the VAE halves them three times"
+        )
     unknown = set(run.report_to.split(",")) - {"jsonl", "wandb", "tensorboard"}
     if unknown:
         raise UserError(f"--report-to {','.join(sorted(unknown))}: unknown", "known: jsonl, wandb, tensorboard")
@@ -193,7 +210,7 @@ def check(settings: Settings) -> None:
         _check_dmdr(run, settings.method)
 
 
-def _check_bounds(name: str, value: Any, limits: Any) -> None:
+def check_bounds(name: str, value: Any, limits: Any) -> None:
     if limits["choices"] and value not in limits["choices"]:
         raise UserError(f"{name} {value}: unknown", f"one of {', '.join(limits['choices'])}")
     if not isinstance(value, (int, float)) or isinstance(value, bool):
@@ -224,7 +241,9 @@ def _check_student(run: Config) -> None:
         raise UserError(f"--layout {layout} {wanted} --use-lora-gen", "or leave --layout at auto")
     if layout == "shared" and (run.generator_init or run.xl_ode_pretrain_path):
         source = "--generator-init" if run.generator_init else "--xl-ode-pretrain-path"
-        raise UserError(f"--layout shared cannot take {source}", "the teacher shares its weights: use --layout paired_lora")
+        raise UserError(
+            f"--layout shared cannot take {source}", "the teacher shares its weights: use --layout paired_lora"
+        )
     if run.xl_ode_pretrain_path and run.generator_init:
         raise UserError("--generator-init and --xl-ode-pretrain-path both initialise the generator", "give one")
     if run.xl_ode_pretrain_path and run.sample_num_steps != 1:
@@ -238,18 +257,19 @@ def _check_dmdr(run: Config, method: DMDRConfig) -> None:
             raise UserError(f"{name} is off for a one-step student", "leave it out, or set --sample-num-steps above 1")
     if resolved_layout(run) == "separate" and method.dynamic_step and method.lora_scale_r:
         raise UserError(
-            "--layout separate: the teacher has no guidance adapter to borrow", "set --lora-scale-r 0 or --layout paired"
+            "--layout separate: the teacher has no guidance adapter to borrow",
+            "set --lora-scale-r 0 or --layout paired",
         )
     for kind, a, name in ((method.s_type_gen, method.gen_a, "--gen-a"), (method.s_type_gui, method.gui_a, "--gui-a")):
         if kind == "beta" and a <= 0:
             raise UserError(f"{name} {a}: a Beta's parameters are above 0")
     weights = method.reward_clip_weight + method.reward_hps_weight
-    if not (method.clip_reward_model or method.hpsv2_reward_model) and weights > 0:
-        if method.cold_start_iter < run.max_train_steps:
-            raise UserError(
-                f"rewards begin at step {method.cold_start_iter} but no reward model is given",
-                "give --clip-reward-model or --hpsv2-reward-model, or set both reward weights to 0, "
-                "or --cold-start-iter to --max-train-steps",
-            )
+    without = not (method.clip_reward_model or method.hpsv2_reward_model)
+    if without and weights > 0 and method.cold_start_iter < run.max_train_steps:
+        raise UserError(
+            f"rewards begin at step {method.cold_start_iter} but no reward model is given",
+            "give --clip-reward-model or --hpsv2-reward-model, or set both reward weights to 0, "
+            "or --cold-start-iter to --max-train-steps",
+        )
     if method.dmd_weight == 0 and weights == 0:
         raise UserError("--dmd-weight 0 without rewards trains nothing", "set a weight above 0")

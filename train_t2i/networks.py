@@ -60,7 +60,7 @@ class Networks:
         self.family, self.modules, self.layout, self.trains = family, modules, layout, trains
         self.routes = LAYOUTS[layout]
         self.autocast = autocast
-        self.num_calls = 0  # network calls so far; a guided call is one call on twice the rows
+        self.num_calls = 0  # network calls so far; a guided one counts twice, since it carries twice the rows
         self._selected: dict[str, tuple[str | None, float]] = {}
         self._lora = {name: [m for m in net.modules() if isinstance(m, LoraLayer)] for name, net in modules.items()}
         self._updating: Role | None = None
@@ -110,7 +110,7 @@ class Networks:
             raise RuntimeError(f"{role} was called at adapter scales {self._graph_scale} and {scale} in one update")
         before = self._selected[name]
         self._select(name, adapter, scale)
-        self.num_calls += 1
+        self.num_calls += 1 if _unguided(cfg) else 2
         try:
             with torch.set_grad_enabled(builds_graph), self.autocast():
                 return self._guided(self.modules[name], x_t, t, cond, cfg)
@@ -127,7 +127,7 @@ class Networks:
         return self.family.path.to_x0(x_t, self.predict(role, x_t, t, cond, cfg=cfg, scale=scale), t)
 
     def _guided(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Cond, cfg: float | Tensor) -> Tensor:
-        if not isinstance(cfg, Tensor) and cfg == 1.0:
+        if _unguided(cfg):
             return self.family.call(net, x_t, t, cond).float()
         # Classifier-free guidance (arXiv 2207.12598): uncond + w (cond - uncond), both halves in one call
         out = self.family.call(net, torch.cat([x_t, x_t]), torch.cat([t, t]), cond.with_negative()).float()
@@ -154,6 +154,10 @@ class Networks:
                 layer._active_adapter = [adapter]
                 layer.scaling[adapter] = layer.lora_alpha[adapter] / layer.r[adapter] * scale
         self._selected[name] = (adapter, scale)
+
+
+def _unguided(cfg: float | Tensor) -> bool:
+    return not isinstance(cfg, Tensor) and cfg == 1.0
 
 
 def lora_config(family: Family, spec: AdapterSpec) -> LoraConfig:
@@ -190,7 +194,7 @@ def build_networks(
     routes = LAYOUTS[layout]
     needed = {routes[role][0] for role in uses}
     full = {routes[role][0] for role in trains if routes[role][1] is None}
-    modules = {name: family.load(torch.float32 if name in full else dtype) for name in sorted(needed)}
+    modules: dict[str, Any] = {name: family.load(torch.float32 if name in full else dtype) for name in sorted(needed)}
     prepare(modules)
     for role in (r for r in uses if routes[r][1] is not None):
         add_adapter(modules[routes[role][0]], family, str(routes[role][1]), adapters[role])

@@ -32,7 +32,7 @@ class Draw:
     seed: int
     tick: int
     indices: Sequence[int]
-    device: torch.device = torch.device("cpu")
+    device: torch.device
 
     def _rows(self, stream: str) -> list[np.random.Generator]:
         return [row_generator(self.seed, self.tick, stream, index) for index in self.indices]
@@ -52,7 +52,9 @@ class Draw:
 
     def logit_normal(self, stream: str, mean: float, std: float) -> Tensor:
         """(B,) fp32 in (0, 1): the sigmoid of a normal."""
-        return self._scalars([1.0 / (1.0 + np.exp(-(mean + std * rng.standard_normal()))) for rng in self._rows(stream)])
+        return self._scalars(
+            [1.0 / (1.0 + np.exp(-(mean + std * rng.standard_normal()))) for rng in self._rows(stream)]
+        )
 
     def integers(self, stream: str, count: int) -> Tensor:
         """(B,) int64, uniform in 0..count-1."""

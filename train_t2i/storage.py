@@ -269,6 +269,6 @@ def _sound(manifest: object, step: int) -> bool:
         return False
     for name, entry in manifest.items():
         match = FILE.fullmatch(name) if isinstance(name, str) else None
-        if not match or match[1] != str(step) or [type(item) for item in entry] != [int, str]:
+        if not match or match[1] != str(step) or not isinstance(entry, list) or [*map(type, entry)] != [int, str]:
             return False
     return True

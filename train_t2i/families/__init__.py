@@ -6,11 +6,17 @@ import json
 from pathlib import Path as FilePath
 from typing import Any
 
+import diffusers
+import transformers
+
 from train_t2i.errors import UserError
 from train_t2i.families.base import Cond, Family
 from train_t2i.families.sdxl import SDXL
 
-FAMILIES = {"sdxl": SDXL}
+diffusers.utils.logging.disable_progress_bar()
+transformers.utils.logging.disable_progress_bar()
+
+FAMILIES: dict[str, Any] = {"sdxl": SDXL}
 
 PIPELINES = {"StableDiffusionXLPipeline": "sdxl"}
 

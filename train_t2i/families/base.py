@@ -33,7 +33,7 @@ class Cond:
             raise ValueError("classifier-free guidance needs a negative conditioning")
         return replace(
             self,
-            tokens=_stack(self.negative.tokens, self.tokens),
+            tokens=torch.cat([self.negative.tokens, self.tokens]),
             pooled=_stack(self.negative.pooled, self.pooled),
             mask=_stack(self.negative.mask, self.mask),
             negative=None,
@@ -45,7 +45,7 @@ class Cond:
 def _stack(negative: Tensor | None, positive: Tensor | None) -> Tensor | None:
     if negative is None or positive is None:
         return None
-    return torch.cat([negative.expand(len(positive), *negative.shape[1:]), positive])
+    return torch.cat([negative, positive])
 
 
 class Family(Protocol):

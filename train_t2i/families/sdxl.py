@@ -25,11 +25,11 @@ class SDXL:
     The VAE stays fp32: SDXL's own overflows in half precision.
     """
 
-    lora_targets = (
+    lora_targets: tuple[str, ...] = (
         "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2",
         "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj",
     )  # fmt: skip
-    block_names = ("BasicTransformerBlock", "ResnetBlock2D")
+    block_names: tuple[str, ...] = ("BasicTransformerBlock", "ResnetBlock2D")
     latent_channels = 4
 
     def __init__(
@@ -47,8 +47,6 @@ class SDXL:
         self.pipe = _load_pipeline(model, dtype)
         self.vae = _load_part(AutoencoderKL, vae, "--vae") if vae else self.pipe.vae.float()
         self.tiny = _load_part(AutoencoderTiny, tiny_vae, "--tiny-vae") if tiny_vae else None
-        if dtype == torch.float16 and tiny_vae is None and vae is None:
-            self.vae = self.vae.float()
         for part in self._parts():
             part.requires_grad_(False).eval()
         if checkpoint_decoder:
@@ -68,9 +66,9 @@ class SDXL:
     def load(self, dtype: torch.dtype) -> nn.Module:
         with _told(self.model, "--pretrained-model"):
             if _is_file(self.model):
-                unet = UNet2DConditionModel.from_single_file(self.model, torch_dtype=dtype)
+                unet = UNet2DConditionModel.from_single_file(self.model, dtype=dtype)
             else:
-                unet = UNet2DConditionModel.from_pretrained(self.model, subfolder="unet", torch_dtype=dtype)
+                unet = UNet2DConditionModel.from_pretrained(self.model, subfolder="unet", dtype=dtype)
         return unet.requires_grad_(False).train(False)
 
     @torch.no_grad()
@@ -135,24 +133,24 @@ def _is_file(model: str) -> bool:
     return FilePath(model).is_file()
 
 
-def _load_pipeline(model: str, dtype: torch.dtype) -> StableDiffusionXLPipeline:
+def _load_pipeline(model: str, dtype: torch.dtype) -> Any:
     """Everything but the UNet."""
     with _told(model, "--pretrained-model"):
         if _is_file(model):
-            return StableDiffusionXLPipeline.from_single_file(model, unet=None, torch_dtype=dtype, add_watermarker=False)
-        pipe = StableDiffusionXLPipeline.from_pretrained(model, unet=None, torch_dtype=dtype, add_watermarker=False)
+            return StableDiffusionXLPipeline.from_single_file(model, unet=None, dtype=dtype, add_watermarker=False)
+        pipe = StableDiffusionXLPipeline.from_pretrained(model, unet=None, dtype=dtype, add_watermarker=False)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
 
-def _load_part(kind: Any, source: str, flag: str) -> nn.Module:
+def _load_part(kind: Any, source: str, flag: str) -> Any:
     with _told(source, flag):
         if _is_file(source):
-            return kind.from_single_file(source, torch_dtype=torch.float32)
-        return kind.from_pretrained(source, torch_dtype=torch.float32)
+            return kind.from_single_file(source, dtype=torch.float32)
+        return kind.from_pretrained(source, dtype=torch.float32)
 
 
-def _alphas_cumprod(pipe: StableDiffusionXLPipeline, model: str) -> Tensor:
+def _alphas_cumprod(pipe: Any, model: str) -> Tensor:
     scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
     if scheduler.config.prediction_type != "epsilon":
         raise UserError(

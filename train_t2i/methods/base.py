@@ -21,6 +21,18 @@ Metrics = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
+class Clock:
+    """Where a run stands: ticks and steps finished, and ticks finished since the last step.
+
+    The step is counted, not derived from the tick: a second stage may change the update ratio.
+    """
+
+    tick: int = 0
+    step: int = 0
+    tick_in_step: int = 0
+
+
+@dataclass(frozen=True)
 class Batch:
     """Rows of this process.  ``indices`` count samples over the whole run: they key every random draw."""
 
@@ -57,8 +69,8 @@ class Setting:
     device: torch.device
     rewards: tuple[RewardTerm, ...] = ()
 
-    def draw(self, tick: int, indices: Sequence[int]) -> Draw:
-        return Draw(self.seed, tick, indices, self.device)
+    def draw(self, clock: Clock, indices: Sequence[int]) -> Draw:
+        return Draw(self.seed, clock.tick, indices, self.device)
 
 
 class Method(Protocol):
@@ -68,14 +80,13 @@ class Method(Protocol):
     trains: tuple[Role, ...]
     data: Literal["prompts", "images", "pairs"]
     parts: int
-    ticks_per_step: int
     columns: dict[Role, tuple[str, ...]]  # the metrics that ``losses`` reports, a role
 
-    def roles_at(self, tick: int) -> tuple[Role, ...]: ...
+    def roles_at(self, clock: Clock) -> tuple[Role, ...]: ...
 
-    def rollout(self, batch: Batch, tick: int) -> Any: ...
+    def rollout(self, batch: Batch, clock: Clock) -> Any: ...
 
-    def losses(self, role: Role, rollout: Any, tick: int) -> Iterator[tuple[Tensor, Metrics]]: ...
+    def losses(self, role: Role, rollout: Any, clock: Clock) -> Iterator[tuple[Tensor, Metrics]]: ...
 
     def sample(self, cond: Cond, noise: Tensor, renoise: Callable[[int], Tensor]) -> Tensor: ...
 
@@ -101,7 +112,7 @@ def drop_captions(cond: Cond, dropped: Tensor) -> Cond:
 
     return replace(
         cond,
-        tokens=choose(cond.tokens, cond.negative.tokens),
+        tokens=torch.where(dropped.reshape(-1, 1, 1), cond.negative.tokens, cond.tokens),
         pooled=choose(cond.pooled, cond.negative.pooled),
         mask=choose(cond.mask, cond.negative.mask),
         negative=None,

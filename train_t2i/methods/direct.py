@@ -13,7 +13,7 @@ from torch import Tensor
 from train_t2i import losses
 from train_t2i.config import ODEConfig
 from train_t2i.families.base import Cond
-from train_t2i.methods.base import Batch, Metrics, Setting, sample_student
+from train_t2i.methods.base import Batch, Clock, Metrics, Setting, sample_student
 from train_t2i.networks import Role
 
 
@@ -22,23 +22,22 @@ class Direct:
     trains: tuple[Role, ...] = ("generator",)
     data = "pairs"
     parts = 1
-    ticks_per_step = 1
-    columns: dict[Role, tuple[str, ...]] = {"generator": ("loss",)}
 
     def __init__(self, config: ODEConfig, setting: Setting) -> None:
         self.config, self.setting = config, setting
+        self.columns: dict[Role, tuple[str, ...]] = {"generator": ("loss",)}
 
-    def roles_at(self, tick: int) -> tuple[Role, ...]:
+    def roles_at(self, clock: Clock) -> tuple[Role, ...]:
         return ("generator",)
 
-    def rollout(self, batch: Batch, tick: int) -> tuple[Batch, Cond]:
+    def rollout(self, batch: Batch, clock: Clock) -> tuple[Batch, Cond]:
         return batch, self.setting.family.encode(batch.prompts, None)
 
-    def losses(self, role: Role, rollout: tuple[Batch, Cond], tick: int) -> Iterator[tuple[Tensor, Metrics]]:
+    def losses(self, role: Role, rollout: tuple[Batch, Cond], clock: Clock) -> Iterator[tuple[Tensor, Metrics]]:
         batch, cond = rollout
         assert batch.noise is not None
         assert batch.latents is not None
-        draw = self.setting.draw(tick, batch.indices)
+        draw = self.setting.draw(clock, batch.indices)
         noise = batch.noise.to(self.setting.device)
         sample = self.sample(cond, noise, lambda i: draw.normal(f"renoise/{i}", self.setting.latent_shape))
         loss = losses.regression(sample, batch.latents.to(self.setting.device))

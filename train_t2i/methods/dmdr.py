@@ -23,7 +23,7 @@ from torch import Tensor
 from train_t2i import losses
 from train_t2i.config import DMDRConfig
 from train_t2i.families.base import Cond
-from train_t2i.methods.base import Batch, Metrics, RewardTerm, Setting, sample_student
+from train_t2i.methods.base import Batch, Clock, Metrics, RewardTerm, Setting, sample_student
 from train_t2i.networks import Role
 from train_t2i.randomness import Draw
 from train_t2i.sampling import simulate_to
@@ -51,7 +51,6 @@ class DMDR:
     def __init__(self, config: DMDRConfig, setting: Setting) -> None:
         self.config, self.setting = config, setting
         self.networks, self.path = setting.networks, setting.family.path
-        self.ticks_per_step = config.ratio_update
         dynamic = config.dynamic_step
         self.level_times = TimeSampler(config.s_type_gen, config.gen_a, config.gen_b, dynamic)
         self.score_times = TimeSampler(config.s_type_gui, config.gui_a, config.gui_b, dynamic)
@@ -61,27 +60,23 @@ class DMDR:
             "guidance": ("loss",),
         }
 
-    def roles_at(self, tick: int) -> tuple[Role, ...]:
+    def roles_at(self, clock: Clock) -> tuple[Role, ...]:
         """Guidance always; the generator, after it, on every ratio-th tick."""
-        last_of_step = (tick + 1) % self.config.ratio_update == 0
+        last_of_step = clock.tick_in_step + 1 == self.config.ratio_update
         return ("guidance", "generator") if last_of_step else ("guidance",)
-
-    def step_at(self, tick: int) -> int:
-        """Generator updates finished before ``tick``."""
-        return tick // self.config.ratio_update
 
     def borrowed_scale(self, step: int) -> float:
         """Dynamic distribution guidance: the real score borrows the guidance adapter, ever less (DMDR section 4.2)."""
         return self.config.lora_scale_r * cosine_fall(step, self.config.dynamic_step)
 
     @torch.no_grad()
-    def rollout(self, batch: Batch, tick: int) -> Rollout:
+    def rollout(self, batch: Batch, clock: Clock) -> Rollout:
         config, setting = self.config, self.setting
         guided = config.cfg_r > 1 or config.cfg_f > 1
         cond = setting.family.encode(batch.prompts, config.negative_prompt if guided else None)
-        draw = setting.draw(tick, batch.indices)
+        draw = setting.draw(clock, batch.indices)
         noise = draw.normal("simulation/0", setting.latent_shape)
-        level = self.level_times.sample_index(draw, "level", self.step_at(tick), setting.grid)
+        level = self.level_times.sample_index(draw, "level", clock.step, setting.grid)
         x0 = simulate_to(
             lambda x, t: self.networks.x0("generator", x, t, cond),
             self.path,
@@ -96,38 +91,38 @@ class DMDR:
         x_t = torch.where(per_row(t == setting.grid[0], x0), fresh, self.path.add_noise(x0, fresh, t))
         return Rollout(batch.prompts, cond, draw, x0, x_t, t)
 
-    def losses(self, role: Role, rollout: Rollout, tick: int) -> Iterator[tuple[Tensor, Metrics]]:
-        yield self._guidance(rollout, tick) if role == "guidance" else self._generator(rollout, tick)
+    def losses(self, role: Role, rollout: Rollout, clock: Clock) -> Iterator[tuple[Tensor, Metrics]]:
+        yield self._guidance(rollout, clock) if role == "guidance" else self._generator(rollout, clock)
 
-    def _guidance(self, rollout: Rollout, tick: int) -> tuple[Tensor, Metrics]:
+    def _guidance(self, rollout: Rollout, clock: Clock) -> tuple[Tensor, Metrics]:
         """Denoising on the student's samples (DMD2 eq. 3)."""
         draw = rollout.draw
-        tau = self.score_times.sample(draw, "guidance_time", self.step_at(tick))
+        tau = self.score_times.sample(draw, "guidance_time", clock.step)
         noise = draw.normal("guidance_noise", self.setting.latent_shape)
         x_tau = self.path.add_noise(rollout.x0, noise, tau)
         out = self.networks.predict("guidance", x_tau, tau, rollout.cond, scale=self._fake_scale)
         loss = losses.denoising(out, self.path.target(rollout.x0, noise, tau))
         return loss, {"loss": loss.detach()}
 
-    def _generator(self, rollout: Rollout, tick: int) -> tuple[Tensor, Metrics]:
+    def _generator(self, rollout: Rollout, clock: Clock) -> tuple[Tensor, Metrics]:
         x0 = self.networks.x0("generator", rollout.x_t, rollout.t, rollout.cond)
         loss, metrics = x0.new_zeros(()), {}
         if self.config.dmd_weight > 0:
-            real, fake = self._scores(x0.detach(), rollout, tick)
+            real, fake = self._scores(x0.detach(), rollout, clock)
             loss_dmd = losses.dmd(x0, real, fake)
             loss = loss + self.config.dmd_weight * loss_dmd
             metrics = {"loss_dmd": loss_dmd.detach(), "score_gap": (fake - real).abs().mean()}
-        if self.setting.rewards and self.step_at(tick) >= self.config.cold_start_iter:
+        if self.setting.rewards and clock.step >= self.config.cold_start_iter:
             images = self.setting.family.decode(x0, fast=True)
             for term in self.setting.rewards:
-                loss_reward, reported = reward_loss(term, images, rollout.prompts, tick)
+                loss_reward, reported = reward_loss(term, images, rollout.prompts, clock.tick)
                 loss, metrics = loss + term.weight * loss_reward, metrics | reported
         return loss, metrics | {"loss": loss.detach()}
 
     @torch.no_grad()
-    def _scores(self, x0: Tensor, rollout: Rollout, tick: int) -> tuple[Tensor, Tensor]:
+    def _scores(self, x0: Tensor, rollout: Rollout, clock: Clock) -> tuple[Tensor, Tensor]:
         """Two (B, C, H, W) clean estimates at one noised copy of ``x0``: the teacher's and the guidance network's."""
-        config, draw, step = self.config, rollout.draw, self.step_at(tick)
+        config, draw, step = self.config, rollout.draw, clock.step
         tau = self.score_times.sample(draw, "score_time", step)
         x_tau = self.path.add_noise(x0, draw.normal("score_noise", self.setting.latent_shape), tau)
         real_cfg, fake_cfg = self._jittered(config.cfg_r, draw, "cfg_r"), self._jittered(config.cfg_f, draw, "cfg_f")

@@ -14,7 +14,7 @@ from torch import Tensor
 from train_t2i import losses
 from train_t2i.config import SFTConfig
 from train_t2i.families.base import Cond
-from train_t2i.methods.base import Batch, Metrics, Setting, drop_captions
+from train_t2i.methods.base import Batch, Clock, Metrics, Setting, drop_captions
 from train_t2i.networks import Role
 from train_t2i.randomness import Draw
 from train_t2i.sampling import many_step
@@ -33,26 +33,25 @@ class SFT:
     trains: tuple[Role, ...] = ("generator",)
     data = "images"
     parts = 1
-    ticks_per_step = 1
-    columns: dict[Role, tuple[str, ...]] = {"generator": ("loss",)}
     times = TimeSampler("uniform", low=0.0, high=1.0)
 
     def __init__(self, config: SFTConfig, setting: Setting, num_steps: int = 25, cfg: float = 7.0) -> None:
         self.config, self.setting, self.num_steps, self.cfg = config, setting, num_steps, cfg
+        self.columns: dict[Role, tuple[str, ...]] = {"generator": ("loss",)}
 
-    def roles_at(self, tick: int) -> tuple[Role, ...]:
+    def roles_at(self, clock: Clock) -> tuple[Role, ...]:
         return ("generator",)
 
-    def rollout(self, batch: Batch, tick: int) -> Rollout:
+    def rollout(self, batch: Batch, clock: Clock) -> Rollout:
         assert batch.images is not None
-        family, draw = self.setting.family, self.setting.draw(tick, batch.indices)
+        family, draw = self.setting.family, self.setting.draw(clock, batch.indices)
         dropped = draw.uniform("caption_dropout") < self.config.caption_dropout
         cond = drop_captions(family.encode(batch.prompts, ""), dropped)
         return Rollout(cond, draw, family.to_latents(batch.images.to(self.setting.device)))
 
-    def losses(self, role: Role, rollout: Rollout, tick: int) -> Iterator[tuple[Tensor, Metrics]]:
+    def losses(self, role: Role, rollout: Rollout, clock: Clock) -> Iterator[tuple[Tensor, Metrics]]:
         path, x0 = self.setting.family.path, rollout.latents
-        t = self.times.sample(rollout.draw, "time", tick)
+        t = self.times.sample(rollout.draw, "time", clock.step)
         noise = rollout.draw.normal("noise", x0.shape[1:])
         out = self.setting.networks.predict(role, path.add_noise(x0, noise, t), t, rollout.cond)
         loss = losses.denoising(out, path.target(x0, noise, t))

@@ -1,0 +1,45 @@
+"""``python -m train_t2i VERB``: one file a verb, imported only when it is asked for."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from train_t2i.errors import EXIT_DONE, EXIT_USER, UserError
+
+VERBS = {
+    "train": "distil or fine-tune a model (--method dmdr, ode, sft)",
+    "sample": "images from a run, a step of it, or the teacher",
+    "evaluate": "score models on prompts: adherence, rewards, Frechet distance, recall",
+    "pairs": "write (noise, prompt, teacher latent) pairs for --method ode",
+    "export": "a run's generator as a diffusers pipeline",
+    "report": "one HTML page and plots from runs",
+    "fetch": "download weights named in checkpoints/manifest.toml",
+}
+
+
+def usage() -> str:
+    return "usage: python -m train_t2i VERB [flags]\n\n" + "\n".join(
+        f"  {verb:9} {text}" for verb, text in VERBS.items()
+    )
+
+
+def main(arguments: Sequence[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        return EXIT_DONE if arguments else EXIT_USER
+    verb, rest = arguments[0], arguments[1:]
+    try:
+        if verb not in VERBS:
+            raise UserError(f"{verb}: unknown verb", f"one of {', '.join(VERBS)}")
+        return import_module(f"train_t2i.{verb}").main(rest)
+    except UserError as error:
+        print(f"error: {error.message}", file=sys.stderr)
+        if error.hint:
+            print(f"hint: {error.hint}", file=sys.stderr)
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,192 @@
+"""Settings -> family, networks, method: the parts that training and every other verb put together in the same way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import rewards
+from rewards.weights import read_state
+from train_t2i.checkpoint import RECORDS, run_of
+from train_t2i.config import Config, DMDRConfig, Settings, resolved_layout
+from train_t2i.errors import UserError
+from train_t2i.families import Family, load_family
+from train_t2i.methods import METHODS, Method, RewardTerm, Setting
+from train_t2i.networks import AdapterSpec, Networks, Role, build_networks
+
+ROLE_FOLDERS: dict[Role, str] = {"generator": "accelerator_1", "guidance": "accelerator_2"}
+
+
+def build_family(run: Config, dtype: torch.dtype) -> Family:
+    return load_family(
+        run.model_family,
+        run.pretrained_model,
+        dtype=dtype,
+        vae=run.vae,
+        tiny_vae=run.tiny_vae,
+        shift=run.shift,
+        checkpoint_decoder=run.gradient_checkpointing,
+    )
+
+
+def latent_shape(family: Family, size_px: tuple[int, int]) -> tuple[int, int, int]:
+    """(C, H, W) of one latent.  Raises UserError where the VAE cannot make that size."""
+    height, width = size_px
+    if height % family.vae_factor or width % family.vae_factor:
+        raise UserError(
+            f"--resolution {width}x{height}: the VAE takes multiples of {family.vae_factor}",
+            f"e.g. {max(1, width // family.vae_factor) * family.vae_factor}",
+        )
+    return family.latent_channels, height // family.vae_factor, width // family.vae_factor
+
+
+def adapter_specs(run: Config) -> dict[Role, AdapterSpec]:
+    """Guidance: rank R, alpha R.  Generator: rank 2R, alpha 4R (DMDR's published factor of 2)."""
+    rank = run.lora_rank
+    return {"guidance": AdapterSpec(rank, rank), "generator": AdapterSpec(2 * rank, 4 * rank)}
+
+
+def assemble(
+    settings: Settings,
+    family: Family,
+    *,
+    uses: tuple[Role, ...],
+    trains: tuple[Role, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
+) -> Networks:
+    """The networks of a run before any training, its generator initialised where the settings say so."""
+    run = settings.run
+    source = run.generator_init or run.xl_ode_pretrain_path
+
+    def initialise(modules: dict[str, nn.Module]) -> None:
+        if source is not None:
+            load_generator_weights(modules["gen"], source)
+
+    torch.manual_seed(run.seed)  # LoRA factors start the same on every process
+    return build_networks(
+        family,
+        resolved_layout(run),
+        adapter_specs(run),
+        uses=uses,
+        trains=trains,
+        dtype=dtype,
+        device=device,
+        checkpointing=run.gradient_checkpointing,
+        autocast=autocast,
+        prepare=initialise,
+    )
+
+
+def build_method(settings: Settings, networks: Networks, device: torch.device, terms: tuple[RewardTerm, ...]) -> Method:
+    run, family = settings.run, networks.family
+    setting = Setting(
+        networks=networks,
+        family=family,
+        grid=family.path.grid(run.sample_num_steps),
+        latent_shape=latent_shape(family, settings.size_px),
+        seed=run.seed,
+        device=device,
+        rewards=terms,
+    )
+    kind = METHODS[run.method]
+    if run.method == "sft":
+        return kind(settings.method, setting, run.teacher_num_steps, run.teacher_cfg)
+    return kind(settings.method, setting)
+
+
+# -- rewards ---------------------------------------------------------------------------------------------------------
+
+
+def reward_files(config: Any) -> dict[str, str]:
+    """Reward name -> its weights, for the rewards that are on."""
+    if not isinstance(config, DMDRConfig):
+        return {}
+    given = {"clip": config.clip_reward_model, "hpsv2": config.hpsv2_reward_model}
+    return {name: path for name, path in given.items() if path is not None}
+
+
+def check_rewards(config: Any) -> list[str]:
+    """Look at every reward's file, also of those that this run never reaches; lines that say what was found."""
+    try:
+        return [f"reward {name}: {rewards.inspect_weights(name, path)}" for name, path in reward_files(config).items()]
+    except rewards.RewardError as error:
+        raise UserError(str(error)) from None
+
+
+def build_rewards(config: Any, dtype: torch.dtype, device: torch.device, checkpointing: bool) -> tuple[RewardTerm, ...]:
+    terms = []
+    weights = {"clip": "reward_clip_weight", "hpsv2": "reward_hps_weight"}
+    for name, path in reward_files(config).items():
+        try:
+            score = rewards.REWARDS[name](path, dtype=dtype, device=device, checkpointing=checkpointing)
+        except rewards.RewardError as error:
+            raise UserError(str(error)) from None
+        short = {"clip": "clip", "hpsv2": "hps"}[name]
+        prefix = config.magic_prompt if name == "hpsv2" else ""
+        terms.append(RewardTerm(short, score, getattr(config, weights[name]), config.reward_margin, prefix))
+    return tuple(terms)
+
+
+# -- initial weights of a generator ----------------------------------------------------------------------------------
+
+
+def load_generator_weights(net: nn.Module, source: str) -> None:
+    """Put ``source`` into a generator: a few-step LoRA (fused), a UNet folder, a state dict, or a run's step-N.pt."""
+    path = Path(source)
+    if not path.exists():
+        raise UserError(f"{source}: no such file or folder to initialise the generator from")
+    state = _state_of(path)
+    if any(".lora" in key or "lora_" in key for key in state):
+        _fuse_lora(net, state, source)
+        return
+    try:
+        net.load_state_dict(state)
+    except RuntimeError as error:
+        first = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{source}: not weights of this generator ({first})", "give weights of the same model"
+        ) from None
+
+
+def _state_of(path: Path) -> dict[str, Tensor]:
+    if path.suffix == ".pt" and path.parent.name == RECORDS:
+        parts, record = run_of(path).load(path, [ROLE_FOLDERS["generator"]])
+        if record["settings"]["use_lora_gen"]:
+            raise UserError(f"{path}: its generator is a LoRA", "give its export, or continue it with --resume-ckpt")
+        return dict(parts[ROLE_FOLDERS["generator"]].tensors["model"])
+    if path.is_dir():
+        folder = path / "unet" if (path / "unet").is_dir() else path
+        files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+        if not files:
+            raise UserError(f"{path}: holds no weights", "give a UNet folder, a state dict or a run's step-N.pt")
+        return {key: tensor for file in files for key, tensor in _read(file).items()}
+    return _read(path)
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        return read_state(path)
+    except rewards.RewardError as error:
+        raise UserError(str(error)) from None
+
+
+def _fuse_lora(net: Any, state: dict[str, Tensor], source: str) -> None:
+    from diffusers import StableDiffusionXLPipeline
+
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    lora, alphas = StableDiffusionXLPipeline.lora_state_dict(state, unet_config=net.config)
+    try:
+        net.load_lora_adapter(lora, network_alphas=alphas, prefix="unet", adapter_name="init")
+    except (ValueError, KeyError, RuntimeError) as error:
+        raise UserError(f"{source}: not a LoRA of this generator ({' '.join(str(error).split())[:200]})") from None
+    net.fuse_lora()
+    net.unload_lora()
+    if all(torch.equal(before[key], value) for key, value in net.state_dict().items()):
+        raise UserError(f"{source}: this LoRA changes nothing", "it names no layer of this model")

@@ -1,0 +1,146 @@
+"""From a method's kind of data to batches: an endless stream that can start at any sample.
+
+Shapes: images (B, 3, H, W) in [0, 1]; noise and latents (B, C, H, W).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from train_t2i.data import Order, Row, batch_indices, fit_image, load_prompts, load_rows
+from train_t2i.errors import UserError
+from train_t2i.methods import Batch
+from train_t2i.pairs import PairStore
+from train_t2i.randomness import seeded_noise
+
+Item = dict[str, Any]
+
+
+class Prompts(Dataset[Item]):
+    def __init__(self, path: str) -> None:
+        self.prompts = load_prompts(path)
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __getitem__(self, row: int) -> Item:
+        return {"prompt": self.prompts[row]}
+
+
+class Images(Dataset[Item]):
+    """Image-text rows, scaled and centre-cropped to the run's size."""
+
+    def __init__(self, path: str, size_px: tuple[int, int]) -> None:
+        self.rows: list[Row] = load_rows(path)
+        self.height_px, self.width_px = size_px
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, row: int) -> Item:
+        return {
+            "prompt": self.rows[row].prompt,
+            "images": fit_image(self.rows[row], self.height_px, self.width_px),
+        }
+
+
+class Pairs(Dataset[Item]):
+    """(noise, prompt, teacher latent); the noise is made again from its seed."""
+
+    def __init__(self, path: str, latent_shape: tuple[int, int, int]) -> None:
+        self.store = PairStore(path)
+        if self.store.latent_shape != latent_shape:
+            raise UserError(
+                f"--data-path-train {path}: latents of shape {self.store.latent_shape}, this run needs {latent_shape}",
+                "make pairs with the same --resolution and model",
+            )
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+    def __getitem__(self, row: int) -> Item:
+        pair = self.store[row]
+        noise = seeded_noise([pair.seed], self.store.latent_shape)[0]
+        return {"prompt": pair.prompt, "noise": noise, "latents": pair.latent}
+
+
+def dataset_for(kind: str, path: str, size_px: tuple[int, int], latent_shape: tuple[int, int, int]) -> Dataset[Item]:
+    """The data of a method (``Method.data``).  Raises UserError for files that cannot be used."""
+    if kind == "prompts":
+        return Prompts(path)
+    return Images(path, size_px) if kind == "images" else Pairs(path, latent_shape)
+
+
+@dataclass(frozen=True)
+class Feed:
+    """Batches of this process by sample index."""
+
+    dataset: Any
+    seed: int
+    batch_size: int
+    accumulate: int = 1
+    rank: int = 0
+    world: int = 1
+    num_workers: int = 0
+
+    @property
+    def global_batch(self) -> int:
+        """Samples a tick."""
+        return self.batch_size * self.accumulate * self.world
+
+    def ticks(self, samples_seen: int) -> Iterator[list[Batch]]:
+        """The micro-batches of each tick, for ever, from the sample ``samples_seen`` on."""
+        loader = DataLoader(
+            _Ordered(self.dataset, Order(len(self.dataset), self.seed)),
+            batch_sampler=_Indices(self, samples_seen),
+            collate_fn=_to_batch,
+            num_workers=self.num_workers,
+            prefetch_factor=4 if self.num_workers else None,
+            generator=torch.Generator(),  # keeps the loader's own seed away from the global generator
+        )
+        stream = iter(loader)
+        while True:
+            yield [next(stream) for _ in range(self.accumulate)]
+
+
+@dataclass(frozen=True)
+class _Indices:
+    feed: Feed
+    samples_seen: int
+
+    def __iter__(self) -> Iterator[list[int]]:
+        feed, seen = self.feed, self.samples_seen
+        while True:
+            for micro in range(feed.accumulate):
+                yield batch_indices(seen, feed.batch_size, feed.rank, feed.world, micro, feed.accumulate)
+            seen += feed.global_batch
+
+
+@dataclass(frozen=True)
+class _Ordered(Dataset[Item]):
+    """Sample index -> item."""
+
+    dataset: Any
+    order: Order
+
+    def __getitem__(self, sample_index: int) -> Item:
+        return {"index": sample_index, **self.dataset[self.order.index_at(sample_index)]}
+
+
+def _to_batch(items: list[Item]) -> Batch:
+    def stacked(key: str) -> Tensor | None:
+        return torch.stack([item[key] for item in items]) if key in items[0] else None
+
+    return Batch(
+        indices=[item["index"] for item in items],
+        prompts=[item["prompt"] for item in items],
+        images=stacked("images"),
+        noise=stacked("noise"),
+        latents=stacked("latents"),
+    )

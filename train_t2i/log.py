@@ -1,0 +1,211 @@
+"""Metrics -> JSON lines, log.txt, a progress bar, wandb and tensorboard; sample grids.
+
+One line an update in ``loss_logs/loss_gen_log.jsonl`` and ``loss_gui_log.jsonl``: always the same keys, null where a
+metric was not computed.  Fields named ``seconds_*`` are wall-clock; everything else is a function of the run's settings.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+LOSS_FILES = {"generator": "loss_gen_log.jsonl", "guidance": "loss_gui_log.jsonl"}
+COUNTERS = ("tick", "step", "samples_seen")
+SECONDS_BETWEEN_LINES = 30  # where the progress bar has no terminal
+
+
+class RunLog:
+    """Writes on the main process only; ``mean`` averages a dict of numbers over processes (all of them call it)."""
+
+    def __init__(
+        self,
+        root: Path,
+        columns: Mapping[Any, Sequence[str]],
+        *,
+        is_main: bool = True,
+        mean: Callable[[dict[str, float]], dict[str, float]] = lambda values: values,
+        trackers: Sequence[Tracker] = (),
+        total_steps: int = 0,
+        first_step: int = 0,
+    ) -> None:
+        self.root, self.is_main, self.mean, self.trackers = root, is_main, mean, trackers
+        self.columns = {role: (*names, "grad_norm", "lr", "skipped") for role, names in columns.items()}
+        self._sums: dict[str, dict[str, list[Tensor | float]]] = {}
+        self._latest: dict[str, float] = {}
+        self._started = time.perf_counter()
+        self._spoke = 0.0
+        quiet = not is_main or not sys.stderr.isatty()
+        self._bar = tqdm(total=total_steps, initial=first_step, unit="step", disable=quiet, dynamic_ncols=True)
+        if is_main:
+            (root / "loss_logs").mkdir(parents=True, exist_ok=True)
+
+    def add(self, role: str, metrics: Mapping[str, Tensor | float]) -> None:
+        """Collect; tensors stay on their device until ``flush``."""
+        for name, value in metrics.items():
+            self._sums.setdefault(role, {}).setdefault(name, []).append(value)
+
+    def flush(self, tick: int, step: int, samples_seen: int) -> None:
+        """Average what was collected over micro-batches and processes and write one line a role."""
+        now = time.perf_counter()
+        seconds, self._started = now - self._started, now
+        for role, collected in self._sums.items():
+            local = {name: _mean(values) for name, values in collected.items()}
+            means = self.mean(local)
+            unknown = set(means) - set(self.columns[role])
+            assert not unknown, f"undeclared metrics: {unknown}"
+            line: dict[str, Any] = dict(zip(COUNTERS, (tick, step, samples_seen), strict=True))
+            line |= {name: _jsonable(means.get(name)) for name in self.columns[role]} | {"seconds_tick": seconds}
+            self._write(role, line)
+            self._latest |= {f"{role}/{name}": means[name] for name in means}
+        self._sums = {}
+        self._show(step, tick, seconds)
+
+    def _write(self, role: str, line: dict[str, Any]) -> None:
+        if not self.is_main:
+            return
+        with open(self.root / "loss_logs" / LOSS_FILES[role], "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        numbers = {f"{role}/{k}": v for k, v in line.items() if isinstance(v, float) and k not in COUNTERS}
+        for tracker in self.trackers:
+            tracker.scalars(numbers, line["step"], line["tick"])
+
+    def _show(self, step: int, tick: int, seconds: float) -> None:
+        if not self.is_main:
+            return
+        short = {k.replace("generator/", "").replace("guidance/", "gui_"): v for k, v in self._latest.items()}
+        shown = {k: f"{v:.4g}" for k, v in short.items() if "loss" in k or k.startswith("reward")}
+        self._bar.set_postfix({**shown, "ticks/s": f"{1 / max(seconds, 1e-9):.2f}"}, refresh=False)
+        self._bar.update(step - self._bar.n)
+        if self._bar.disable and time.monotonic() - self._spoke > SECONDS_BETWEEN_LINES:
+            self._spoke = time.monotonic()
+            self.say(f"step {step} tick {tick} " + " ".join(f"{k} {v}" for k, v in shown.items()))
+
+    def say(self, text: str) -> None:
+        """One line for people: on the terminal and in log.txt."""
+        if not self.is_main:
+            return
+        tqdm.write(text, file=sys.stderr)
+        with open(self.root / "log.txt", "a", encoding="utf-8") as file:
+            file.write(f"{datetime.now().isoformat(timespec='seconds')} {text}\n")
+
+    def images(self, grid: Image.Image, step: int) -> None:
+        for tracker in self.trackers:
+            tracker.image("samples", grid, step)
+
+    def close(self) -> None:
+        self._bar.close()
+        for tracker in self.trackers:
+            tracker.close()
+
+
+def _mean(values: Sequence[Tensor | float]) -> float:
+    if all(isinstance(v, float) for v in values):
+        return math.fsum(float(v) for v in values) / len(values)
+    return float(torch.stack([torch.as_tensor(v, dtype=torch.float32).cpu() for v in values]).mean())
+
+
+def _jsonable(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def cut_logs(root: Path, tick: int) -> None:
+    """Drop the lines of ticks from ``tick`` on: a resumed run writes them again."""
+    for name in LOSS_FILES.values():
+        path = root / "loss_logs" / name
+        if not path.exists():
+            continue
+        kept = []
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["tick"] >= tick:
+                    break
+            except (ValueError, KeyError):
+                break  # torn by a crash
+            kept.append(line + "\n")
+        path.with_suffix(".tmp").write_text("".join(kept), encoding="utf-8")
+        os.replace(path.with_suffix(".tmp"), path)
+
+
+class Tracker:
+    """What a tracker is asked for."""
+
+    def scalars(self, values: Mapping[str, float], step: int, tick: int) -> None: ...
+
+    def image(self, name: str, image: Image.Image, step: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Tensorboard(Tracker):
+    def __init__(self, root: Path, settings: Mapping[str, Any], purge_tick: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(root / "trackers" / "tensorboard"), purge_step=purge_tick)
+        self.writer.add_text("settings", "```\n" + json.dumps(settings, indent=1) + "\n```")
+
+    def scalars(self, values: Mapping[str, float], step: int, tick: int) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, tick)
+
+    def image(self, name: str, image: Image.Image, step: int) -> None:
+        import numpy as np
+
+        self.writer.add_image(name, np.asarray(image), step, dataformats="HWC")
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class Wandb(Tracker):
+    """Offline unless a key is there; the run id is the folder's, so that a resumed run goes on in the same place."""
+
+    def __init__(self, root: Path, settings: Mapping[str, Any], run_id: str) -> None:
+        import wandb
+
+        folder = root / "trackers"
+        folder.mkdir(parents=True, exist_ok=True)
+        has_key = bool(os.environ.get("WANDB_API_KEY")) or (Path.home() / ".netrc").exists()
+        mode = os.environ.get("WANDB_MODE") or ("online" if has_key else "offline")
+        self.wandb = wandb
+        self.run = wandb.init(
+            project="train-t2i", name=root.name, id=run_id, resume="allow", dir=str(folder), mode=mode,  # type: ignore[arg-type]
+            config=dict(settings), settings=wandb.Settings(silent=True, disable_git=True, save_code=False),
+        )  # fmt: skip
+
+    def scalars(self, values: Mapping[str, float], step: int, tick: int) -> None:
+        self.run.log({**values, "step": step}, step=tick)
+
+    def image(self, name: str, image: Image.Image, step: int) -> None:
+        self.run.log({name: self.wandb.Image(image), "step": step})
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """(3, H, W) in [0, 1] -> 8-bit RGB."""
+    array = (image.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    return Image.fromarray(array)
+
+
+def grid_image(rows: Sequence[Tensor], *, gap_px: int = 2) -> Image.Image:
+    """Rows of images, each (B, 3, H, W), stacked top to bottom on white."""
+    height, width = rows[0].shape[-2:]
+    count = max(len(row) for row in rows)
+    canvas = Image.new("RGB", (count * (width + gap_px) + gap_px, len(rows) * (height + gap_px) + gap_px), "white")
+    for y, row in enumerate(rows):
+        for x, image in enumerate(row):
+            canvas.paste(to_pil(image), (gap_px + x * (width + gap_px), gap_px + y * (height + gap_px)))
+    return canvas

@@ -1,0 +1,375 @@
+"""``python -m train_t2i train``: parse, build, loop.  Reads top to bottom."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import signal
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import yaml
+
+from train_t2i import __version__, build, cli, log
+from train_t2i.checkpoint import Part, RunFolder, load_optimizer, optimizer_part, run_of
+from train_t2i.config import Config, Settings, fields_of
+from train_t2i.engine import AdamSettings, Engine
+from train_t2i.errors import EXIT_DONE, EXIT_NON_FINITE, EXIT_PREEMPTED, UserError
+from train_t2i.feed import Feed, dataset_for
+from train_t2i.methods import METHODS, Method
+from train_t2i.methods.base import Clock
+from train_t2i.networks import Networks, Role, export_adapter
+from train_t2i.sheet import SampleSheet
+
+STAGE_FIELDS = ("model_family", "use_lora_gen", "lora_rank", "layout", "sample_num_steps", "shift")
+EXPORTS: dict[Role, str] = {"generator": "lora_gen", "guidance": "lora_gui"}
+
+
+@dataclass
+class State:
+    """The counters of a run; with the settings they determine everything that comes next."""
+
+    clock: Clock = field(default_factory=Clock)
+    samples_seen: int = 0
+    skipped_in_a_row: int = 0
+
+    def advance(self, stepped: bool, samples: int) -> None:
+        old = self.clock
+        self.clock = Clock(old.tick + 1, old.step + stepped, 0 if stepped else old.tick_in_step + 1)
+        self.samples_seen += samples
+
+
+class StopRequest:
+    """SIGTERM and Ctrl-C ask for a stop at the next step boundary; a second one leaves at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            os._exit(128 + number)
+        self.asked = True
+
+
+def learning_rate(settings: Settings, role: Role, step: int) -> float:
+    """A pure function of the step: warm-up, then constant or a cosine to 0 at ``max_train_steps``."""
+    run = settings.run
+    base = run.learning_rate_gen if role == "generator" else settings.method.learning_rate_gui
+    warm = min(1.0, (step + 1) / run.lr_warmup_steps) if run.lr_warmup_steps else 1.0
+    if run.lr_scheduler == "constant":
+        return base * warm
+    progress = (step - run.lr_warmup_steps) / max(1, run.max_train_steps - run.lr_warmup_steps)
+    return base * warm * 0.5 * (1 + math.cos(math.pi * min(max(progress, 0.0), 1.0)))
+
+
+@dataclass
+class Run:
+    """Everything the loop touches."""
+
+    settings: Settings
+    folder: RunFolder
+    engine: Engine
+    networks: Networks
+    method: Method
+    feed: Feed
+    log: log.RunLog
+    sheet: SampleSheet
+    state: State
+    stop: StopRequest
+    saved_at: float = field(default_factory=time.monotonic)
+
+
+# ==== the loop ======================================================================================================
+
+
+def loop(run: Run) -> int:
+    """Train to ``max_train_steps``; returns the exit code."""
+    cfg, engine, method, state = run.settings.run, run.engine, run.method, run.state
+    ticks = run.feed.ticks(state.samples_seen)
+    run.sheet.draw(state.clock.step)
+    while state.clock.step < cfg.max_train_steps:
+        engine.seed(cfg.seed, state.clock.tick)
+        rollouts = [method.rollout(batch, state.clock) for batch in next(ticks)]
+        roles = method.roles_at(state.clock)
+        for role in roles:
+            rate = learning_rate(run.settings, role, state.clock.step)
+            engine.set_lr(role, rate)
+            with run.networks.updating(role):
+                for rollout in rollouts:
+                    for loss, metrics in method.losses(role, rollout, state.clock):
+                        engine.backward(role, loss / len(rollouts))
+                        run.log.add(role, metrics)
+            report = engine.step(role)
+            count_skipped(run, report.skipped)
+            run.log.add(role, {"grad_norm": report.grad_norm, "lr": rate, "skipped": float(report.skipped)})
+        stepped = "generator" in roles
+        state.advance(stepped, run.feed.global_batch)
+        run.log.flush(state.clock.tick, state.clock.step, state.samples_seen)
+        if stepped and after_step(run):
+            return EXIT_PREEMPTED
+    return EXIT_DONE
+
+
+def after_step(run: Run) -> bool:
+    """Sample and save what is due at a step boundary; True if the run was asked to stop (and has saved)."""
+    cfg, step = run.settings.run, run.state.clock.step
+    stopping = run.engine.any_process(run.stop.asked)
+    last = step >= cfg.max_train_steps
+    if cfg.sample_steps and (step % cfg.sample_steps == 0 or last):
+        run.sheet.draw(step)
+    minutes = (time.monotonic() - run.saved_at) / 60
+    on_time = run.engine.any_process(cfg.checkpoint_minutes > 0 and minutes >= cfg.checkpoint_minutes)
+    if stopping or last or on_time or (cfg.checkpoint_steps and step % cfg.checkpoint_steps == 0):
+        save(run)
+    if stopping and not last:
+        run.log.say(f"stopped by a signal after step {step}; saved; go on with --auto-resume")
+    return stopping and not last
+
+
+def count_skipped(run: Run, skipped: bool) -> None:
+    """Stop after too many non-finite updates in a row."""
+    state, limit = run.state, run.settings.run.max_skipped
+    state.skipped_in_a_row = state.skipped_in_a_row + 1 if skipped else 0
+    if not skipped:
+        return
+    run.log.say(
+        f"tick {state.clock.tick}: non-finite loss or gradient, update skipped ({state.skipped_in_a_row} in a row)"
+    )
+    if state.skipped_in_a_row >= limit:
+        good = run.folder.latest()
+        raise UserError(
+            f"{limit} non-finite updates in a row, stopped at step {state.clock.step}",
+            f"last good checkpoint: {good}" if good else "no checkpoint was saved; lower the learning rates",
+            EXIT_NON_FINITE,
+        )
+
+
+# ==== checkpoints ===================================================================================================
+
+
+def save(run: Run) -> None:
+    """Write the checkpoint of this step on the main process and prune old ones."""
+    engine, step = run.engine, run.state.clock.step
+    if engine.is_main:
+        run.folder.save(step, checkpoint_parts(run), checkpoint_record(run))
+        run.folder.prune(run.settings.run.checkpoints_total_limit or None)
+    engine.barrier()
+    run.saved_at = time.monotonic()
+
+
+def checkpoint_parts(run: Run) -> dict[str, Part]:
+    parts = {}
+    specs = build.adapter_specs(run.settings.run)
+    for role in run.method.trains:
+        named = run.networks.named_parameters(role)
+        tensors, values = optimizer_part(run.engine.optimizers[role], named)
+        model = {key: p.detach() for key, p in named.items()}
+        scaler = run.engine.scaler_state(role)
+        parts[build.ROLE_FOLDERS[role]] = Part(
+            {"model": model, "optimizer": tensors}, {"optimizer": values, "scaler": scaler}
+        )
+        if run.networks.routes[role][1] is not None:
+            weights, config = export_adapter(run.networks, role, specs[role])
+            parts[EXPORTS[role]] = Part({"adapter_model": weights}, {"adapter_config": config})
+    return parts
+
+
+def checkpoint_record(run: Run) -> dict[str, Any]:
+    state = run.state
+    return {
+        "tick": state.clock.tick,
+        "samples_seen": state.samples_seen,
+        "skipped_in_a_row": state.skipped_in_a_row,
+        "world_size": run.engine.world,
+        "settings": run.settings.as_dict(),
+        "grid": run.networks.family.path.grid(run.settings.run.sample_num_steps).tolist(),
+        "code_version": __version__,
+    }
+
+
+def find_checkpoint(cfg: Config, folder: RunFolder) -> Path | None:
+    """The record to go on from.  With ``--auto-resume`` the run's own newest wins over another run's path."""
+    own = folder.latest() if cfg.auto_resume or cfg.resume_ckpt == "latest" else None
+    if own is not None:
+        return own
+    if cfg.resume_ckpt == "latest" and not cfg.auto_resume:
+        raise UserError(f"--resume-ckpt latest: no complete checkpoint in {folder.root}", "leave it out to start anew")
+    if cfg.resume_ckpt in (None, "latest"):
+        return None
+    path = Path(str(cfg.resume_ckpt))
+    if not path.is_file():
+        raise UserError(
+            f"--resume-ckpt {path}: no such file", "give a run's checkpoints/torch_units/step-N.pt, or latest"
+        )
+    return path
+
+
+def check_resumable(settings: Settings, record: dict[str, Any], path: Path, continues: bool) -> list[str]:
+    """Lines about settings that differ.  Raises UserError where they must not."""
+    now, then = settings.as_dict(), record["settings"]
+    fields = fields_of(settings.run.method)
+    changed = [name for name in fields if name in then and then[name] != now[name]]
+    if continues:
+        fatal = [name for name in changed if fields[name].metadata["resume"] == "fatal"]
+    else:
+        fatal = [name for name in changed if name in STAGE_FIELDS]
+    told = [f"{name}: checkpoint={then[name]!r} now={now[name]!r}" for name in changed]
+    if fatal:
+        lines = "; ".join(line for line in told if line.split(":")[0] in fatal)
+        fix = "set them back, or start a new --exp-name from this checkpoint" if continues else "these must match"
+        raise UserError(f"--resume-ckpt {path}: settings differ: {lines}", fix)
+    quiet = () if not continues else tuple(n for n in changed if fields[n].metadata["resume"] == "free")
+    return [line for line in told if line.split(":")[0] not in quiet]
+
+
+def restore(run: Run, path: Path) -> list[str]:
+    """Weights, optimizers and counters from a checkpoint; what differs in the settings, as lines."""
+    source = run_of(path)
+    continues = source.root.resolve() == run.folder.root.resolve()
+    wanted = [build.ROLE_FOLDERS[role] for role in run.method.trains]
+    parts, record = source.load(path, wanted)
+    told = check_resumable(run.settings, record, path, continues)
+    for role in run.method.trains:
+        part, named = parts[build.ROLE_FOLDERS[role]], run.networks.named_parameters(role)
+        load_parameters(named, part.tensors["model"], path)
+        load_optimizer(run.engine.optimizers[role], named, part.tensors["optimizer"], part.values["optimizer"])
+        run.engine.load_scaler_state(role, part.values["scaler"])
+    skipped = record["skipped_in_a_row"] if continues else 0
+    run.state = State(Clock(record["tick"], record["step"]), record["samples_seen"], skipped)
+    if continues and run.engine.is_main:
+        log.cut_logs(run.folder.root, record["tick"] + 1)
+    return told
+
+
+def load_parameters(named: dict[str, torch.nn.Parameter], saved: Any, path: Path) -> None:
+    if named.keys() != saved.keys() or any(named[key].shape != saved[key].shape for key in named):
+        raise UserError(
+            f"--resume-ckpt {path}: its weights are of another model or rank", "use the same model and ranks"
+        )
+    with torch.no_grad():
+        for key, parameter in named.items():
+            parameter.copy_(saved[key])
+
+
+# ==== building ======================================================================================================
+
+
+def prepare(settings: Settings, folder: RunFolder, engine: Engine, stop: StopRequest) -> Run:
+    """Cheap checks first, then models, then the checkpoint."""
+    cfg = settings.run
+    kind = METHODS[cfg.method]
+    resume_from = find_checkpoint(cfg, folder)
+    if resume_from is None and folder.steps():
+        raise UserError(f"{folder.root} already holds a run", "go on with --auto-resume, or choose another --exp-name")
+    found = build.check_rewards(settings.method)
+    family = build.build_family(cfg, engine.dtype).to(engine.device)
+    shape = build.latent_shape(family, settings.size_px)
+    data = dataset_for(kind.data, cfg.data_path_train, settings.size_px, shape)
+    networks = build.assemble(
+        settings, family, uses=kind.uses, trains=kind.trains, dtype=engine.dtype, device=engine.device,
+        autocast=engine.autocast,
+    )  # fmt: skip
+    terms = build.build_rewards(settings.method, engine.dtype, engine.device, cfg.gradient_checkpointing)
+    method = build.build_method(settings, networks, engine.device, terms)
+    for role in kind.trains:
+        engine.prepare(role, networks.parameters(role), adam_settings(settings, role))
+    workers = cfg.num_workers if kind.data == "images" else 0
+    feed = Feed(data, cfg.seed, cfg.batch_size, cfg.gradient_accumulation_steps, engine.rank, engine.world, workers)
+    quiet_log = log.RunLog(folder.root, method.columns, is_main=False)
+    run = Run(settings, folder, engine, networks, method, feed, quiet_log, SampleSheet.none(), State(), stop)
+    told = restore(run, resume_from) if resume_from else []
+    run.log = make_log(run)
+    run.sheet = SampleSheet.build(settings, method, networks, folder.root, run.log, data, engine)
+    announce(run, resume_from, found + told)
+    return run
+
+
+def adam_settings(settings: Settings, role: Role) -> AdamSettings:
+    run = settings.run
+    decay = run.adam_weight_decay if role == "generator" else 0.0
+    betas = (run.adam_beta1, run.adam_beta2)
+    return AdamSettings(learning_rate(settings, role, 0), betas, run.adam_epsilon, decay, run.use_8bit_adam)
+
+
+def make_log(run: Run) -> log.RunLog:
+    cfg, root = run.settings.run, run.folder.root
+    trackers: list[log.Tracker] = []
+    public = public_settings(run.settings)
+    if run.engine.is_main and "tensorboard" in cfg.report_to:
+        trackers.append(log.Tensorboard(root, public, run.state.clock.tick))
+    if run.engine.is_main and "wandb" in cfg.report_to:
+        trackers.append(log.Wandb(root, public, tracker_id(root)))
+    return log.RunLog(
+        root, run.method.columns, is_main=run.engine.is_main, mean=run.engine.mean, trackers=trackers,
+        total_steps=cfg.max_train_steps, first_step=run.state.clock.step,
+    )  # fmt: skip
+
+
+def tracker_id(root: Path) -> str:
+    """The run id at trackers: made once, kept beside them, so that a resumed run goes on in the same place."""
+    file = root / "trackers" / "run_id"
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(os.urandom(4).hex())
+    return file.read_text().strip()
+
+
+def public_settings(settings: Settings) -> dict[str, Any]:
+    return {**settings.as_dict(), "layout": build.resolved_layout(settings.run), "code_version": __version__}
+
+
+def announce(run: Run, resume_from: Path | None, lines: Sequence[str]) -> None:
+    root, networks = run.folder.root, run.networks
+    if run.engine.is_main:
+        text = json.dumps(public_settings(run.settings), indent=1, ensure_ascii=False)
+        (root / "args.json").write_text(text + "\n", encoding="utf-8")
+    counts = {role: sum(p.numel() for p in networks.parameters(role)) for role in run.method.trains}
+    told = ", ".join(f"{role} {count / 1e6:.2f} M" for role, count in counts.items())
+    run.log.say(f"{run.settings.run.method}, layout {networks.layout}, trained parameters: {told}")
+    grid = networks.family.path.grid(run.settings.run.sample_num_steps)
+    run.log.say(f"student's times: {', '.join(f'{t:.3f}' for t in grid[:-1].tolist())}; {len(run.feed.dataset)} rows")
+    for line in lines:
+        run.log.say(line)
+    if resume_from is not None:
+        run.log.say(f"going on from {resume_from} (step {run.state.clock.step})")
+
+
+# ==== the program ===================================================================================================
+
+
+def main(arguments: Sequence[str]) -> int:
+    settings = cli.parse(arguments)
+    if settings.run.dry_run:
+        print(yaml.safe_dump(settings.as_dict(), sort_keys=False, allow_unicode=True), end="")
+        return EXIT_DONE
+    stop = StopRequest()
+    engine = Engine(settings.run.mixed_precision, settings.run.max_grad_norm)
+    root = Path(settings.run.output_dir) / settings.run.exp_name
+    folder = RunFolder(root)
+    with folder.lock() if engine.is_main else contextlib.nullcontext():
+        code = -1
+        try:
+            if engine.is_main:
+                folder.clean()
+            run = prepare(settings, folder, engine, stop)
+            try:
+                code = loop(run)
+            finally:
+                run.log.close()
+        except UserError as error:
+            code = error.exit_code
+            raise
+        finally:
+            if engine.is_main:
+                (root / ".exit_code").write_text(f"{code}\n")
+            engine.close()
+    return code
