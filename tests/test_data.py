@@ -393,6 +393,21 @@ SCRAPS += [
 ]
 
 
+def read_or_refused(load: Callable, path: Path) -> Sequence:
+    """What was read, never nothing; empty after a UserError that names the file; any other exception is a failure."""
+    error = None
+    try:
+        found = load(path)
+    except UserError as raised:
+        error = raised
+    if error is None:
+        assert len(found)
+        return found
+    assert path.name in error.message
+    assert error.exit_code == EXIT_USER
+    return []
+
+
 @settings(
     max_examples=300, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
