@@ -31,7 +31,8 @@ within_budget() { # COMMAND...: stops it when the budget is spent
   fi
 }
 
-step() { # NAME COMMAND...: runs it, says how long it took, leaves with its code
+failed=""
+step() { # NAME COMMAND...: runs it, says how long it took, and remembers whether it failed
   local name="$1" start=$SECONDS code=0
   shift
   printf '== %s\n' "$name"
@@ -41,11 +42,15 @@ step() { # NAME COMMAND...: runs it, says how long it took, leaves with its code
     printf 'error: the budget of %d s is spent\n' "$budget_s" >&2
     printf 'hint: see --durations=20 for the slow tests, or set TEST_BUDGET_S on a slower machine\n' >&2
   fi
-  [[ $code == 0 ]] || exit "$code"
+  [[ $code == 0 ]] || failed="${failed:+$failed, }$name"
 }
 
 step "ruff check" "$PYTHON" -m ruff check .
 step "ruff format" "$PYTHON" -m ruff format --check .
 step "mypy" "$PYTHON" -m mypy
 step "pytest" "$PYTHON" -m pytest ${marks[@]+"${marks[@]}"} "$@"
+[[ -z "$failed" ]] || {
+  printf 'failed: %s (%d s)\n' "$failed" "$SECONDS"
+  exit 1
+}
 printf 'all passed in %d s\n' "$SECONDS"
