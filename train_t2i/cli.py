@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -29,7 +29,6 @@ ALIASES = {
     "validation_prompts": "sample_prompts",
     "resume_from_checkpoint": "resume_ckpt",
     "cold_start_steps": "cold_start_iter",
-    "num_inference_steps": "sample_num_steps",
 }
 
 
@@ -40,13 +39,13 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message, "see --help")
 
 
-def spelled(argument: str) -> str:
-    """``--Train_Batch-Size=4`` style spelling -> ours; anything that is not a flag stays as it is."""
+def spelled(argument: str, aliases: Mapping[str, str] = ALIASES) -> str:
+    """``--train_batch-size=4`` style spelling -> ours; anything that is not a flag stays as it is."""
     if not argument.startswith("--") or argument == "--":
         return argument
     name, equals, value = argument[2:].partition("=")
     field = name.replace("-", "_")
-    return "--" + ALIASES.get(field, field).replace("_", "-") + equals + value
+    return "--" + aliases.get(field, field).replace("_", "-") + equals + value
 
 
 def parse_bool(text: str) -> bool:
@@ -72,10 +71,13 @@ def add_flags(parser: argparse.ArgumentParser, kind: type, title: str) -> None:
     for field in dataclasses.fields(kind):
         option = "--" + field.name.replace("_", "-")
         of_type = field_type(kind, field.name)
-        shown = "" if field.default is None else f" (default: {field.default!r})"
+        shown = "" if field.default in (None, ()) else f" (default: {field.default!r})"
         extra: dict[str, Any] = {"type": of_type, "choices": field.metadata["choices"] or None}
         if of_type is bool:
             extra = {"type": parse_bool, "nargs": "?", "const": True, "metavar": "on|off"}
+        if typing.get_origin(of_type) is tuple:
+            option = "--run" if field.name == "runs" else option
+            extra = {"action": "append", "dest": field.name, "metavar": option[2:].upper()}
         help_text = (field.metadata["help"] + shown).replace("%", "%%")
         group.add_argument(option, default=argparse.SUPPRESS, help=help_text, **extra)
 
@@ -144,11 +146,24 @@ def _unknown_flag(argument: str, method: str) -> UserError:
 
 
 def parse_verb(kind: type, verb: str, arguments: Sequence[str]) -> Any:
-    """Flags of a verb other than train -> its dataclass, bounds checked."""
+    """Flags of a verb other than train -> its dataclass, bounds checked.
+
+    A field of type ``tuple[str, ...]`` is a flag that may be repeated; those of ``runs`` may also stand without one.
+    A verb's own names win over the aliases of training scripts.
+    """
+    own = {field.name for field in dataclasses.fields(kind)}
+    aliases = {theirs: ours for theirs, ours in ALIASES.items() if theirs not in own and ours in own}
     parser = Parser(prog=f"python -m train_t2i {verb}", description=kind.__doc__, allow_abbrev=False)
+    if "runs" in own:
+        parser.add_argument("standing", nargs="*", metavar="RUN", help="run folders, OUTPUT_DIR/EXP_NAME")
     add_flags(parser, kind, "flags")
-    values = vars(parser.parse_args([spelled(argument) for argument in arguments]))
+    values = vars(parser.parse_intermixed_args([spelled(argument, aliases) for argument in arguments]))
+    standing = values.pop("standing", None) or []
     for field in dataclasses.fields(kind):
+        if field.name in values and isinstance(values[field.name], list):
+            values[field.name] = tuple(values[field.name])
         if field.name in values:
             check_bounds("--" + field.name.replace("_", "-"), values[field.name], field.metadata)
+    if standing:
+        values["runs"] = (*standing, *values.get("runs", ()))
     return kind(**values)

@@ -6,9 +6,11 @@ Shapes: noise (B, C, H, W); images (B, 3, H, W) in [0, 1].
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,10 +21,11 @@ from train_t2i.config import Config, ODEConfig, Settings
 from train_t2i.engine import DTYPES
 from train_t2i.errors import UserError
 from train_t2i.families import Cond, Family
-from train_t2i.networks import Role
+from train_t2i.networks import Networks, Role
 from train_t2i.randomness import seeded_noise
 from train_t2i.sampling import many_step
 
+Autocast = Callable[[], AbstractContextManager]
 RENOISE_OFFSET = 1 << 40  # seeds of later steps, apart from those that people give
 
 
@@ -38,6 +41,8 @@ class ImageModel:
     negative: str | None  # encoded beside the prompt where sampling is guided
     sample: Callable[[Cond, Tensor, Callable[[int], Tensor]], Tensor]
     settings: Settings
+    step: int | None = None  # of the run; the teacher has none
+    run: str | None = None  # the run's folder
 
     @torch.no_grad()
     def latents(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
@@ -78,37 +83,82 @@ def find_record(run: str, step: str) -> Path:
     return folder.record(int(step))
 
 
-def load_student(run: str, step: str = "latest", *, device: torch.device | None = None) -> ImageModel:
-    """The generator of a run as it was saved."""
+def number_format(mixed_precision: str, device: torch.device) -> tuple[torch.dtype, Autocast]:
+    """What frozen weights are kept in, and the context of network calls: the run's format on a GPU, fp32 elsewhere."""
+    dtype = DTYPES[mixed_precision] if device.type == "cuda" else torch.float32
+    if dtype == torch.float32:
+        return dtype, nullcontext
+    return dtype, lambda: torch.autocast(device.type, dtype=dtype)
+
+
+def saved_settings(record: dict[str, Any], pretrained_model: str | None, vae: str | None) -> Settings:
+    """A run's settings as far as its student's images need them: no decoder for rewards, no second set of weights."""
+    settings = Settings.from_dict(record["settings"])
+    run = dataclasses.replace(settings.run, gradient_checkpointing=False, tiny_vae=None)
+    if not run.use_lora_gen:  # every weight of the generator is in the checkpoint
+        run = dataclasses.replace(run, generator_init=None, xl_ode_pretrain_path=None)
+    if pretrained_model is not None:
+        run = dataclasses.replace(run, pretrained_model=pretrained_model)
+    if vae is not None:
+        run = dataclasses.replace(run, vae=vae)
+    return dataclasses.replace(settings, run=run)
+
+
+def load_student(
+    run: str,
+    step: str = "latest",
+    *,
+    pretrained_model: str | None = None,
+    vae: str | None = None,
+    device: torch.device | None = None,
+) -> ImageModel:
+    """The generator of a run as it was saved.  ``pretrained_model`` says where its base model lies, if it has moved."""
     device = device or default_device()
     path = find_record(run, step)
     parts, record = run_of(path).load(path, [build.ROLE_FOLDERS["generator"]])
-    settings = Settings.from_dict(record["settings"])
-    dtype = DTYPES[settings.run.mixed_precision] if device.type == "cuda" else torch.float32
+    settings = saved_settings(record, pretrained_model, vae)
+    dtype, autocast = number_format(settings.run.mixed_precision, device)
     family = build.build_family(settings.run, dtype).to(device)
     generator: tuple[Role, ...] = ("generator",)
-    networks = build.assemble(settings, family, uses=generator, trains=generator, dtype=dtype, device=device)
-    saved = parts[build.ROLE_FOLDERS["generator"]].tensors["model"]
-    with torch.no_grad():
-        for key, parameter in networks.named_parameters("generator").items():
-            parameter.copy_(saved[key])
-    bare = dataclasses.replace(settings, run=dataclasses.replace(settings.run, gradient_checkpointing=False))
-    method = build.build_method(bare, networks, device, ())
+    networks = build.assemble(
+        settings, family, uses=generator, trains=generator, dtype=dtype, device=device, autocast=autocast
+    )
+    load_saved(networks, parts[build.ROLE_FOLDERS["generator"]].tensors["model"], path)
+    method = build.build_method(settings, networks, device, ())
     sft = settings.run.method == "sft"
-    calls = 2 * settings.run.teacher_num_steps if sft else settings.run.sample_num_steps
+    guided = sft and settings.run.teacher_cfg != 1
+    calls = settings.run.teacher_num_steps * (2 if guided else 1) if sft else settings.run.sample_num_steps
     network = networks.modules[networks.routes["generator"][0]]
     shape = build.latent_shape(family, settings.size_px)
-    name = f"{Path(run).name}@{record['step']}"
-    return ImageModel(name, family, network, shape, calls, "" if sft else None, method.sample, settings)
+    root, saved_step = run_of(path).root, int(record["step"])
+    return ImageModel(
+        f"{root.name}@{saved_step}", family, network, shape, calls, "" if guided else None, method.sample, settings,
+        step=saved_step, run=str(root),
+    )  # fmt: skip
+
+
+def load_saved(networks: Networks, saved: Mapping[str, Tensor], path: Path) -> None:
+    """Put a checkpoint's weights into the generator.  Raises UserError when the base model is another one."""
+    named = networks.named_parameters("generator")
+    if named.keys() != saved.keys() or any(named[key].shape != saved[key].shape for key in named):
+        raise UserError(
+            f"{path}: its weights do not fit the base model {networks.family.model}",  # type: ignore[attr-defined]
+            "give --pretrained-model, the model that the run was trained from",
+        )
+    with torch.no_grad():
+        for key, parameter in named.items():
+            parameter.copy_(saved[key])
 
 
 def load_teacher(run: Config, num_steps: int, cfg: float, *, device: torch.device | None = None) -> ImageModel:
     """The frozen model with ``num_steps`` deterministic steps under classifier-free guidance ``cfg``."""
     device = device or default_device()
-    dtype = DTYPES[run.mixed_precision] if device.type == "cuda" else torch.float32
+    dtype, autocast = number_format(run.mixed_precision, device)
     settings = Settings(dataclasses.replace(run, method="ode", gradient_checkpointing=False), ODEConfig())
     family = build.build_family(settings.run, dtype).to(device)
-    networks = build.assemble(settings, family, uses=("teacher",), trains=(), dtype=dtype, device=device)
+    networks = build.assemble(
+        settings, family, uses=("teacher",), trains=(), dtype=dtype, device=device, autocast=autocast
+    )
 
     def sample(cond: Cond, noise: Tensor, renoise: Callable[[int], Tensor]) -> Tensor:
         def x0_at(x: Tensor, t: Tensor) -> Tensor:
