@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from open_clip import CLIP, SimpleTokenizer
+from open_clip import CLIP, tokenize
 from open_clip.model import convert_weights_to_lp
 from torch import Tensor, nn
 
@@ -155,7 +155,6 @@ class CosineReward:
         self.dtype = dtype
         self.model = load_model(source, dtype, self.device)
         self.model.set_grad_checkpointing(checkpointing)
-        self.tokenizer = SimpleTokenizer(context_length=self.model.context_length)
         self._wide = torch.promote_types(dtype, torch.float32)  # fp32, or fp64 for checks
         self._features: OrderedDict[str, Tensor] = OrderedDict()
 
@@ -187,8 +186,9 @@ class CosineReward:
 
     def _encode_prompt(self, prompt: str) -> Tensor:
         if prompt not in self._features:
-            tokens = self.tokenizer([prompt]).to(self.device)  # (1, L)
-            with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            tokens = tokenize([prompt], self.model.context_length).to(self.device)  # (1, L), open_clip's own BPE
+            # what evaluation caches under inference_mode must still serve training
+            with torch.inference_mode(False), torch.no_grad(), torch.autocast(self.device.type, enabled=False):
                 features = self.model.encode_text(tokens).to(self._wide)
             self._features[prompt] = nn.functional.normalize(features, dim=-1)[0]
         self._features.move_to_end(prompt)

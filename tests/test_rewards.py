@@ -149,6 +149,16 @@ def test_gradient_equals_finite_differences(name, size, folders):
         torch.testing.assert_close((grad * direction).sum(), (up - down) / 2e-5, rtol=1e-6, atol=1e-9)
 
 
+def test_what_evaluation_cached_serves_training(built):
+    images = random_images(1, 40, 40)
+    with torch.inference_mode():
+        expected = built["clip"](images, ["first seen in evaluation"]).clone()
+    scores = built["clip"](images.requires_grad_(), ["first seen in evaluation"])
+    scores.sum().backward()
+    assert images.grad is not None
+    torch.testing.assert_close(scores.detach(), expected, atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize("name", MODES)
 def test_checkpointing_keeps_the_gradient(name, folders, built):
     images = random_images(3, 48, 40).requires_grad_()
