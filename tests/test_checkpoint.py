@@ -233,6 +233,8 @@ def test_a_crash_anywhere_in_the_replacement_of_a_step(tmp_path: Path, kind: str
         if kind == "uncommitted":
             run.record(2).unlink()
             (run.folder / "accelerator_1/step-2/stray.json").write_text("{}")
+            (run.folder / "accelerator_1/.tmp-step-2").mkdir()
+            (run.folder / "accelerator_1/.tmp-step-2/stray.json").write_text("{}")
         else:
             (run.folder / "accelerator_2/step-2/optimizer.json").write_text("{}")
 
@@ -289,7 +291,7 @@ def test_everything_is_flushed_before_it_counts(
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO])
 def test_a_full_disk_anywhere_in_a_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
-    point, failed = 0, True
+    point, failed, left = 0, True, set()
     while failed:
         point += 1
         run, count = RunFolder(tmp_path / f"run_{point}"), 0
@@ -314,8 +316,8 @@ def test_a_full_disk_anywhere_in_a_save(tmp_path: Path, monkeypatch: pytest.Monk
         monkeypatch.setattr(storage, "before", lambda operation, path: None)
         assert_holds(run, run.record(1), 1)
         assert run.clean() == []  # nothing half-written is left
-        assert run.latest() in ((run.record(1), run.record(2)) if failed else (run.record(2),))
-    assert point > 15
+        left.add((failed, run.latest() == run.record(2)))
+    assert left == {(True, False), (True, True), (False, True)}  # the last flush comes after the commit
 
 
 def test_no_room_is_known_before_anything_is_written(saved: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -530,7 +532,7 @@ def holder(run: RunFolder, *, orphan: bool = False) -> int:
             if orphan and os.fork():
                 os._exit(0)
             os.write(tell, str(os.getpid()).encode())
-            time.sleep(60)
+            time.sleep(600)
         finally:
             os._exit(1)
     if orphan:
@@ -555,6 +557,7 @@ def test_a_second_run_is_refused_and_a_stale_lock_is_not(run: RunFolder) -> None
     assert (run.root / ".lock").read_text() == ""
 
 
+@pytest.mark.timeout(60)
 def test_an_orphaned_child_does_not_hold_the_run(run: RunFolder) -> None:
     child = holder(run, orphan=True)
     try:
@@ -664,9 +667,11 @@ def test_parameters_without_state_and_optimizers_that_do_not_fit() -> None:
     model = model_of(0)
     parameters = dict(model.named_parameters())
     fresh = torch.optim.AdamW(model.parameters())
-    load_optimizer(fresh, parameters, *optimizer_part(fresh, parameters))
-    assert not fresh.state
     saved = optimizer_part(fresh, parameters)
+    used = torch.optim.AdamW(model.parameters())
+    train(model, used, 0, 1)
+    load_optimizer(used, parameters, *saved)
+    assert not used.state
     with pytest.raises(UserError, match="state of AdamW, this run trains with EightBit"):
         load_optimizer(EightBit(model.parameters()), parameters, *saved)
     with pytest.raises(UserError, match=r"0\.bias and 1 more are in one only"):

@@ -350,11 +350,18 @@ def test_images_that_are_refused(tmp_path: Path, load, recwarn: pytest.WarningsR
     write(tmp_path / "code.eps", "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n")
     Image.new("I;16", (4, 4)).save(tmp_path / "deep.png")
     bomb(tmp_path / "bomb.png", 50_000, 50_000)
-    bomb(tmp_path / "small_bomb.png", 10_000, 10_000)
+    Image.new("1", (10_000, 10_000)).save(tmp_path / "whole_bomb.png")
+    reasons = {
+        "code.eps": "cannot identify",
+        "deep.png": "8 bits",
+        "bomb.png": "bomb",
+        "whole_bomb.png": "64000000 pixels",
+    }
     for image in sorted(tmp_path.iterdir()):
         with pytest.raises(UserError, match=rf"t\.csv:5: image {image.name} cannot be used") as error:
             load(row_of(image), 4, 4)
         assert "\n" not in str(error.value)
+        assert reasons.get(image.name, "") in error.value.message
     assert not recwarn
 
 
