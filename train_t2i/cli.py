@@ -134,6 +134,14 @@ def parse(arguments: Sequence[str]) -> Settings:
     return settings
 
 
+def rehearse(arguments: Sequence[str]) -> bool:
+    """Parse and check; ``--dry-run`` prints the settings and is True: there is nothing more to do."""
+    settings = parse(arguments)
+    if settings.run.dry_run:
+        print(yaml.safe_dump(settings.as_dict(), sort_keys=False, allow_unicode=True), end="")
+    return settings.run.dry_run
+
+
 def _unknown_flag(argument: str, method: str) -> UserError:
     name = argument.partition("=")[0]
     field = name.removeprefix("--").replace("-", "_")

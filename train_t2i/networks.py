@@ -7,6 +7,7 @@ Shapes: x_t (B, C, H, W); t (B,) fp32 in [0, 1].
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from train_t2i.errors import UserError
 from train_t2i.families.base import Cond, Family
 from train_t2i.schedule import per_row
 
@@ -167,8 +169,17 @@ def lora_config(family: Family, spec: AdapterSpec) -> LoraConfig:
 
 
 def add_adapter(net: nn.Module, family: Family, adapter: str, spec: AdapterSpec) -> None:
-    """Put the LoRA factors ``adapter`` on every target of ``net``, in fp32 whatever the base is kept in."""
-    inject_adapter_in_model(lora_config(family, spec), net, adapter_name=adapter)
+    """Put the LoRA factors ``adapter`` on every target of ``net``, in fp32 whatever the base is kept in.
+
+    Raises UserError for a target that no layer answers to: peft itself complains only if none does.
+    """
+    layers = [name for name, _ in net.named_modules()]
+    for target in family.lora_targets:
+        if not any(f".{layer}".endswith(f".{target}") for layer in layers):
+            raise UserError(f"the model has no layer {target} to put a LoRA on", "use a model of this architecture")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # two adapters on one base are meant
+        inject_adapter_in_model(lora_config(family, spec), net, adapter_name=adapter)
     for key, parameter in net.named_parameters():
         if f".{adapter}." in key:
             parameter.data = parameter.data.float()
