@@ -11,7 +11,7 @@
 #   TRAIN_T2I_EXTRAS="deepspeed bitsandbytes"   optional parts to install as well
 set -euo pipefail
 
-SETUP_ROOT="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)"
+SETUP_ROOT="$(cd -P -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)"
 SETUP_MIN_UV="0.5.0" # the first lines of uv that read dependency groups and this lock
 
 setup_say() { printf 'setup: %s\n' "$*" >&2; }

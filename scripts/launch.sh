@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# What every launcher shares.  A launcher is a table of settings and one line that starts the run:
+#
+#   source "$(dirname -- "${BASH_SOURCE[0]}")/../launch.sh"
+#   #       flag               published   tiny world
+#   setting learning-rate-gen  1e-7        2e-4
+#   launch "$@"
+#
+# A setting is overridden by the environment (LEARNING_RATE_GEN=1e-6) or by an extra argument (--learning-rate-gen 1e-6),
+# which wins.  TINY=1 takes the third column, on the models in checkpoints/.  NUM_PROCESSES defaults to the GPUs that are here.
+# shellcheck source=scripts/setup.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/setup.sh"
+
+TINY="${TINY:-0}"
+[[ "$TINY" == 0 || "$TINY" == 1 ]] || setup_fail "TINY=$TINY: neither 0 nor 1" "set TINY=1 for the tiny world"
+ARGUMENTS=()
+CHECKPOINTS="$SETUP_ROOT/checkpoints" # shipped and fetched weights
+
+setting() { # FLAG PUBLISHED [TINY]: one row; a column of "-" leaves the flag out
+  local variable value
+  variable="$(printf '%s' "$1" | tr 'a-z-' 'A-Z_')"
+  value="$2"
+  [[ "$TINY" == 0 ]] || value="${3-$2}"
+  value="${!variable-$value}"
+  [[ "$value" == - ]] || ARGUMENTS+=("--$1=$value")
+}
+
+num_gpus() {
+  if command -v nvidia-smi >/dev/null 2>&1; then nvidia-smi --list-gpus 2>/dev/null | wc -l; else echo 0; fi
+}
+
+launch() { # EXTRA ARGUMENTS...: starts the run in this process
+  local count="${NUM_PROCESSES:-$(num_gpus)}"
+  if ((count > 1)); then
+    exec "$PYTHON" -m accelerate.commands.launch --config_file "$SETUP_ROOT/scripts/accelerate/ddp.yaml" \
+      --num_processes "$count" -m train_t2i train "${ARGUMENTS[@]}" "$@"
+  fi
+  exec "$PYTHON" -m train_t2i train "${ARGUMENTS[@]}" "$@"
+}
