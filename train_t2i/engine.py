@@ -107,12 +107,17 @@ class Engine:
         return StepReport(float(norm), bad)
 
     def _update_scale(self, role: str, bad: bool) -> None:
+        """Torch's own rule, but after the vote: one process's overflow lowers the loss scale on all."""
         scaler = self.scalers[role]
         if not scaler.is_enabled():
             return
-        if bad:
-            scaler.update(scaler.get_scale() * scaler.get_backoff_factor())
-        scaler.update()
+        if not bad:
+            scaler.update()
+            return
+        state = scaler.state_dict()
+        lowered = state["scale"] * state["backoff_factor"]
+        scaler.update(lowered)
+        scaler.load_state_dict(state | {"scale": lowered, "_growth_tracker": 0})
 
     def _average_gradients(self, parameters: list[nn.Parameter]) -> None:
         if self.world == 1:
@@ -150,7 +155,8 @@ class Engine:
         return self.scalers[role].state_dict()
 
     def load_scaler_state(self, role: str, state: dict[str, Any]) -> None:
-        if self.scalers[role].is_enabled():
+        """Nothing to load where the checkpoint was not made in fp16."""
+        if self.scalers[role].is_enabled() and state:
             self.scalers[role].load_state_dict(state)
 
     def close(self) -> None:
@@ -171,7 +177,15 @@ def _adam(parameters: list[nn.Parameter], adam: AdamSettings) -> torch.optim.Opt
 
 
 def _assert_world(world: int) -> None:
-    """``accelerate launch --cpu --num_processes 2`` starts one process and says nothing: refuse instead."""
-    asked = int(os.environ.get("WORLD_SIZE", "1"))
-    if asked != world:
-        raise UserError(f"the launcher asked for {asked} processes but {world} started", "launch with torchrun")
+    """``accelerate launch --cpu --num_processes 2`` starts one process and says nothing: refuse instead.
+
+    Its launcher sets no WORLD_SIZE then, but it does set a meeting point, which one process would not need.
+    """
+    told = os.environ.get("WORLD_SIZE")
+    if told is not None and int(told) != world:
+        raise UserError(f"the launcher asked for {told} processes but {world} started", "launch with torchrun")
+    if told is None and "ACCELERATE_USE_CPU" in os.environ and "MASTER_PORT" in os.environ:
+        raise UserError(
+            "accelerate launch was asked for several processes and starts one (it does so without GPUs)",
+            "launch with torchrun --nproc-per-node N -m train_t2i train ...",
+        )
