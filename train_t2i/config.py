@@ -24,10 +24,11 @@ def flag(
     low: float | None = None,
     high: float | None = None,
     above: float | None = None,
+    below: float | None = None,
     choices: tuple[str, ...] = (),
 ) -> Any:
-    """A config field with its flag's help and its bounds: low <= value <= high, value > above."""
-    limits = {"low": low, "high": high, "above": above, "choices": choices}
+    """A config field with its flag's help and its bounds: low <= value <= high, above < value < below."""
+    limits = {"low": low, "high": high, "above": above, "below": below, "choices": choices}
     return dataclasses.field(default=default, metadata={"help": help, "resume": resume, **limits})
 
 
@@ -73,8 +74,8 @@ class Config:
     learning_rate_gen: float = flag(1e-7, "learning rate of the generator", low=0)
     lr_scheduler: str = flag("constant", "shape of the rates over --max-train-steps", choices=("constant", "cosine"))
     lr_warmup_steps: int = flag(0, "steps over which the rates rise from 0", low=0)
-    adam_beta1: float = flag(0.9, "AdamW", low=0, high=1)
-    adam_beta2: float = flag(0.999, "AdamW", low=0, high=1)
+    adam_beta1: float = flag(0.9, "AdamW", low=0, below=1)
+    adam_beta2: float = flag(0.999, "AdamW", low=0, below=1)
     adam_epsilon: float = flag(1e-8, "AdamW", low=0)
     adam_weight_decay: float = flag(0.01, "AdamW, of the generator; the guidance network has none", low=0)
     use_8bit_adam: bool = flag(False, "AdamW with 8-bit state (bitsandbytes)")
@@ -84,7 +85,7 @@ class Config:
         False, "recompute activations in backward: less memory, more time", resume="warn"
     )
     mixed_precision: str = flag("fp16", "number format of the network calls", choices=("no", "fp16", "bf16"))
-    seed: int = flag(30, "seed of everything random", low=0)
+    seed: int = flag(30, "seed of everything random", low=0, high=2**63 - 1)
     # -- run
     output_dir: str = flag("runs", "folder of runs", resume="free")
     exp_name: str = flag("dmdr", "name of this run's folder", resume="free")
@@ -178,7 +179,7 @@ class Settings:
 def parse_resolution(text: str) -> tuple[int, int]:
     """``N`` or ``WIDTHxHEIGHT`` -> (height, width) in pixels."""
     parts = text.lower().split("x")
-    if len(parts) > 2 or not all(part.strip().isdigit() and int(part) > 0 for part in parts):
+    if len(parts) > 2 or not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
         raise UserError(f"--resolution {text}: not a size", "give N or WIDTHxHEIGHT, in pixels")
     width, height = int(parts[0]), int(parts[-1])
     return height, width
@@ -221,6 +222,8 @@ def check_bounds(name: str, value: Any, limits: Any) -> None:
         raise UserError(f"{name} {value}: must be at least {limits['low']}")
     if limits["above"] is not None and value <= limits["above"]:
         raise UserError(f"{name} {value}: must be above {limits['above']}")
+    if limits["below"] is not None and value >= limits["below"]:
+        raise UserError(f"{name} {value}: must be below {limits['below']}")
     if limits["high"] is not None and value > limits["high"]:
         raise UserError(f"{name} {value}: must be at most {limits['high']}")
 
@@ -263,13 +266,24 @@ def _check_dmdr(run: Config, method: DMDRConfig) -> None:
     for kind, a, name in ((method.s_type_gen, method.gen_a, "--gen-a"), (method.s_type_gui, method.gui_a, "--gui-a")):
         if kind == "beta" and a <= 0:
             raise UserError(f"{name} {a}: a Beta's parameters are above 0")
-    weights = method.reward_clip_weight + method.reward_hps_weight
-    without = not (method.clip_reward_model or method.hpsv2_reward_model)
-    if without and weights > 0 and method.cold_start_iter < run.max_train_steps:
+    weights = reward_weights(method)
+    on = {name: weight for name, (model, weight) in weights.items() if model}
+    wanted = any(weight > 0 for _, weight in weights.values())
+    if not on and wanted and method.cold_start_iter < run.max_train_steps:
         raise UserError(
             f"rewards begin at step {method.cold_start_iter} but no reward model is given",
             "give --clip-reward-model or --hpsv2-reward-model, or set both reward weights to 0, "
             "or --cold-start-iter to --max-train-steps",
         )
-    if method.dmd_weight == 0 and weights == 0:
-        raise UserError("--dmd-weight 0 without rewards trains nothing", "set a weight above 0")
+    if method.dmd_weight == 0 and not any(on.values()):
+        raise UserError(
+            "--dmd-weight 0 without a reward trains nothing", "give a reward model and its weight, or --dmd-weight 1"
+        )
+
+
+def reward_weights(method: DMDRConfig) -> dict[str, tuple[str | None, float]]:
+    """Reward name -> (its model, which turns it on, and its weight; 0 watches)."""
+    return {
+        "clip": (method.clip_reward_model, method.reward_clip_weight),
+        "hpsv2": (method.hpsv2_reward_model, method.reward_hps_weight),
+    }
