@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,20 @@ from torch import Tensor, nn
 import rewards
 from rewards.weights import read_state
 from train_t2i.checkpoint import RECORDS, run_of
-from train_t2i.config import Config, DMDRConfig, Settings, resolved_layout
+from train_t2i.config import Config, DMDRConfig, Settings, resolved_layout, reward_weights
 from train_t2i.errors import UserError
-from train_t2i.families import Family, load_family
+from train_t2i.families import Family, family_of, load_family
 from train_t2i.methods import METHODS, Method, RewardTerm, Setting
 from train_t2i.networks import AdapterSpec, Networks, Role, build_networks
 
 ROLE_FOLDERS: dict[Role, str] = {"generator": "accelerator_1", "guidance": "accelerator_2"}
+
+
+def resolved(settings: Settings) -> Settings:
+    """``auto`` replaced by what it stands for, so that a checkpoint says what it is."""
+    run = settings.run
+    family = family_of(run.pretrained_model) if run.model_family == "auto" else run.model_family
+    return replace(settings, run=replace(run, model_family=family, layout=resolved_layout(run)))
 
 
 def build_family(run: Config, dtype: torch.dtype) -> Family:
@@ -108,8 +116,7 @@ def reward_files(config: Any) -> dict[str, str]:
     """Reward name -> its weights, for the rewards that are on."""
     if not isinstance(config, DMDRConfig):
         return {}
-    given = {"clip": config.clip_reward_model, "hpsv2": config.hpsv2_reward_model}
-    return {name: path for name, path in given.items() if path is not None}
+    return {name: path for name, (path, _) in reward_weights(config).items() if path}
 
 
 def check_rewards(config: Any) -> list[str]:
@@ -122,7 +129,6 @@ def check_rewards(config: Any) -> list[str]:
 
 def build_rewards(config: Any, dtype: torch.dtype, device: torch.device, checkpointing: bool) -> tuple[RewardTerm, ...]:
     terms = []
-    weights = {"clip": "reward_clip_weight", "hpsv2": "reward_hps_weight"}
     for name, path in reward_files(config).items():
         try:
             score = rewards.REWARDS[name](path, dtype=dtype, device=device, checkpointing=checkpointing)
@@ -130,7 +136,8 @@ def build_rewards(config: Any, dtype: torch.dtype, device: torch.device, checkpo
             raise UserError(str(error)) from None
         short = {"clip": "clip", "hpsv2": "hps"}[name]
         prefix = config.magic_prompt if name == "hpsv2" else ""
-        terms.append(RewardTerm(short, score, getattr(config, weights[name]), config.reward_margin, prefix))
+        _, weight = reward_weights(config)[name]
+        terms.append(RewardTerm(short, score, weight, config.reward_margin, prefix))
     return tuple(terms)
 
 

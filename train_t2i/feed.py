@@ -53,11 +53,13 @@ class Images(Dataset[Item]):
 class Pairs(Dataset[Item]):
     """(noise, prompt, teacher latent); the noise is made again from its seed."""
 
-    def __init__(self, path: str, latent_shape: tuple[int, int, int]) -> None:
+    def __init__(self, path: str) -> None:
         self.store = PairStore(path)
+
+    def check_shape(self, latent_shape: tuple[int, int, int]) -> None:
         if self.store.latent_shape != latent_shape:
             raise UserError(
-                f"--data-path-train {path}: latents of shape {self.store.latent_shape}, this run needs {latent_shape}",
+                f"{self.store.folder}: latents of shape {self.store.latent_shape}, this run needs {latent_shape}",
                 "make pairs with the same --resolution and model",
             )
 
@@ -70,11 +72,11 @@ class Pairs(Dataset[Item]):
         return {"prompt": pair.prompt, "noise": noise, "latents": pair.latent}
 
 
-def dataset_for(kind: str, path: str, size_px: tuple[int, int], latent_shape: tuple[int, int, int]) -> Dataset[Item]:
+def dataset_for(kind: str, path: str, size_px: tuple[int, int]) -> Prompts | Images | Pairs:
     """The data of a method (``Method.data``).  Raises UserError for files that cannot be used."""
     if kind == "prompts":
         return Prompts(path)
-    return Images(path, size_px) if kind == "images" else Pairs(path, latent_shape)
+    return Images(path, size_px) if kind == "images" else Pairs(path)
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ class Feed:
         )
         stream = iter(loader)
         while True:
-            yield [next(stream) for _ in range(self.accumulate)]
+            yield [_checked(next(stream)) for _ in range(self.accumulate)]
 
 
 @dataclass(frozen=True)
@@ -130,10 +132,24 @@ class _Ordered(Dataset[Item]):
     order: Order
 
     def __getitem__(self, sample_index: int) -> Item:
-        return {"index": sample_index, **self.dataset[self.order.index_at(sample_index)]}
+        """A UserError is handed on as a value: a reading process would wrap it in its traceback."""
+        try:
+            return {"index": sample_index, **self.dataset[self.order.index_at(sample_index)]}
+        except UserError as error:
+            return {"index": sample_index, "error": (error.message, error.hint, error.exit_code)}
 
 
-def _to_batch(items: list[Item]) -> Batch:
+def _checked(batch: Batch | UserError) -> Batch:
+    if isinstance(batch, UserError):
+        raise batch
+    return batch
+
+
+def _to_batch(items: list[Item]) -> Batch | UserError:
+    for item in items:
+        if "error" in item:
+            return UserError(*item["error"])
+
     def stacked(key: str) -> Tensor | None:
         return torch.stack([item[key] for item in items]) if key in items[0] else None
 

@@ -26,6 +26,14 @@ from train_t2i.sampling import many_step
 SHEET_SEED = 20_240_607  # apart from every training stream
 
 
+def sheet_prompts(settings: Settings, data: Any) -> list[str]:
+    """The prompts of the sample images: the first of their own file, or of the training data."""
+    run = settings.run
+    if run.sample_prompts:
+        return load_prompts(run.sample_prompts)[: run.batch_size_test]
+    return [data[row]["prompt"] for row in range(min(run.batch_size_test, len(data)))] if run.sample_steps else []
+
+
 @dataclass
 class SampleSheet:
     """Draws on the main process; touches no generator that training uses."""
@@ -47,15 +55,17 @@ class SampleSheet:
 
     @staticmethod
     def build(
-        settings: Settings, method: Method, networks: Networks, root: Path, log: RunLog, data: Any, engine: Engine
+        settings: Settings,
+        method: Method,
+        networks: Networks,
+        root: Path,
+        log: RunLog,
+        prompts: Sequence[str],
+        engine: Engine,
     ) -> SampleSheet:
         cfg = settings.run
         if not engine.is_main or not cfg.sample_steps:
             return SampleSheet()
-        if cfg.sample_prompts:
-            prompts = load_prompts(cfg.sample_prompts)[: cfg.batch_size_test]
-        else:
-            prompts = [data[row]["prompt"] for row in range(min(cfg.batch_size_test, len(data)))]
         shape = method.setting.latent_shape  # type: ignore[attr-defined]
         negative = getattr(settings.method, "negative_prompt", "")
         return SampleSheet(

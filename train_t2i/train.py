@@ -15,20 +15,21 @@ from types import FrameType
 from typing import Any
 
 import torch
-import yaml
 
 from train_t2i import __version__, build, cli, log
 from train_t2i.checkpoint import Part, RunFolder, load_optimizer, optimizer_part, run_of
-from train_t2i.config import Config, Settings, fields_of
+from train_t2i.config import Config, DMDRConfig, Settings, fields_of, resolved_layout
 from train_t2i.engine import AdamSettings, Engine
-from train_t2i.errors import EXIT_DONE, EXIT_NON_FINITE, EXIT_PREEMPTED, UserError
-from train_t2i.feed import Feed, dataset_for
+from train_t2i.errors import EXIT_DISK, EXIT_DONE, EXIT_NON_FINITE, EXIT_PREEMPTED, UserError
+from train_t2i.feed import Feed, Pairs, dataset_for
 from train_t2i.methods import METHODS, Method
 from train_t2i.methods.base import Clock
 from train_t2i.networks import Networks, Role, export_adapter
-from train_t2i.sheet import SampleSheet
+from train_t2i.sheet import SampleSheet, sheet_prompts
+from train_t2i.storage import FULL
 
 STAGE_FIELDS = ("model_family", "use_lora_gen", "lora_rank", "layout", "sample_num_steps", "shift")
+INIT_FIELDS = ("generator_init", "xl_ode_pretrain_path")  # frozen under a LoRA, so not in its checkpoints
 EXPORTS: dict[Role, str] = {"generator": "lora_gen", "guidance": "lora_gui"}
 
 
@@ -38,7 +39,7 @@ class State:
 
     clock: Clock = field(default_factory=Clock)
     samples_seen: int = 0
-    skipped_in_a_row: int = 0
+    skipped_in_a_row: dict[str, int] = field(default_factory=dict)  # a role
 
     def advance(self, stepped: bool, samples: int) -> None:
         old = self.clock
@@ -51,8 +52,14 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.asked = False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._on_signal)
+
+    def __enter__(self) -> StopRequest:
+        self._before = {n: signal.signal(n, self._on_signal) for n in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.asked:
@@ -109,7 +116,7 @@ def loop(run: Run) -> int:
                         engine.backward(role, loss / len(rollouts))
                         run.log.add(role, metrics)
             report = engine.step(role)
-            count_skipped(run, report.skipped)
+            count_skipped(run, role, report.skipped)
             run.log.add(role, {"grad_norm": report.grad_norm, "lr": rate, "skipped": float(report.skipped)})
         stepped = "generator" in roles
         state.advance(stepped, run.feed.global_batch)
@@ -135,19 +142,17 @@ def after_step(run: Run) -> bool:
     return stopping and not last
 
 
-def count_skipped(run: Run, skipped: bool) -> None:
-    """Stop after too many non-finite updates in a row."""
+def count_skipped(run: Run, role: Role, skipped: bool) -> None:
+    """Stop after too many non-finite updates of a role in a row."""
     state, limit = run.state, run.settings.run.max_skipped
-    state.skipped_in_a_row = state.skipped_in_a_row + 1 if skipped else 0
+    count = state.skipped_in_a_row[role] = state.skipped_in_a_row.get(role, 0) + 1 if skipped else 0
     if not skipped:
         return
-    run.log.say(
-        f"tick {state.clock.tick}: non-finite loss or gradient, update skipped ({state.skipped_in_a_row} in a row)"
-    )
-    if state.skipped_in_a_row >= limit:
+    run.log.say(f"tick {state.clock.tick}: non-finite loss or gradient, {role} update skipped ({count} in a row)")
+    if count >= limit:
         good = run.folder.latest()
         raise UserError(
-            f"{limit} non-finite updates in a row, stopped at step {state.clock.step}",
+            f"{limit} non-finite {role} updates in a row, stopped at step {state.clock.step}",
             f"last good checkpoint: {good}" if good else "no checkpoint was saved; lower the learning rates",
             EXIT_NON_FINITE,
         )
@@ -188,7 +193,7 @@ def checkpoint_record(run: Run) -> dict[str, Any]:
     return {
         "tick": state.clock.tick,
         "samples_seen": state.samples_seen,
-        "skipped_in_a_row": state.skipped_in_a_row,
+        "skipped_by_role": state.skipped_in_a_row,
         "world_size": run.engine.world,
         "settings": run.settings.as_dict(),
         "grid": run.networks.family.path.grid(run.settings.run.sample_num_steps).tolist(),
@@ -213,41 +218,63 @@ def find_checkpoint(cfg: Config, folder: RunFolder) -> Path | None:
     return path
 
 
-def check_resumable(settings: Settings, record: dict[str, Any], path: Path, continues: bool) -> list[str]:
-    """Lines about settings that differ.  Raises UserError where they must not."""
-    now, then = settings.as_dict(), record["settings"]
+def check_resumable(settings: Settings, path: Path, folder: RunFolder, world: int) -> tuple[dict[str, Any], list[str]]:
+    """(record, lines about settings that differ).  Raises UserError where they must not; reads no weights."""
+    _, record = run_of(path).load(path, [])
+    now, then = settings.as_dict(), dict(record["settings"])
+    then["layout"] = resolved_layout(Settings.from_dict(then).run)
+    then["model_family"] = now["model_family"] if then["model_family"] == "auto" else then["model_family"]
     fields = fields_of(settings.run.method)
     changed = [name for name in fields if name in then and then[name] != now[name]]
-    if continues:
+    told = {name: f"{name}: checkpoint={then[name]!r} now={now[name]!r}" for name in changed}
+    if owns(folder, path):
         fatal = [name for name in changed if fields[name].metadata["resume"] == "fatal"]
+        if settings.run.lr_scheduler == "cosine" and "max_train_steps" in changed:
+            fatal.append("max_train_steps")  # the rates depend on it
+        fix = "set them back, or start a new --exp-name from this checkpoint"
+        told = {name: line for name, line in told.items() if fields[name].metadata["resume"] != "free" or name in fatal}
+        if record["world_size"] != world:
+            raise UserError(
+                f"--resume-ckpt {path}: made by {record['world_size']} processes, this launch has {world}",
+                "launch as many, or start a new --exp-name from this checkpoint",
+            )
     else:
-        fatal = [name for name in changed if name in STAGE_FIELDS]
-    told = [f"{name}: checkpoint={then[name]!r} now={now[name]!r}" for name in changed]
+        fatal = [name for name in changed if name in (*STAGE_FIELDS, *_frozen_fields(settings.run))]
+        fix = "these must match"
     if fatal:
-        lines = "; ".join(line for line in told if line.split(":")[0] in fatal)
-        fix = "set them back, or start a new --exp-name from this checkpoint" if continues else "these must match"
-        raise UserError(f"--resume-ckpt {path}: settings differ: {lines}", fix)
-    quiet = () if not continues else tuple(n for n in changed if fields[n].metadata["resume"] == "free")
-    return [line for line in told if line.split(":")[0] not in quiet]
+        raise UserError(f"--resume-ckpt {path}: settings differ: {'; '.join(told[name] for name in fatal)}", fix)
+    if missing := [role for role in METHODS[settings.run.method].trains if not _has_part(record, role)]:
+        raise UserError(
+            f"--resume-ckpt {path}: made by --method {then['method']}, it has no {missing[0]} network to go on with",
+            "start the generator from it instead: --xl-ode-pretrain-path (one step) or --generator-init",
+        )
+    return record, list(told.values())
 
 
-def restore(run: Run, path: Path) -> list[str]:
-    """Weights, optimizers and counters from a checkpoint; what differs in the settings, as lines."""
-    source = run_of(path)
-    continues = source.root.resolve() == run.folder.root.resolve()
-    wanted = [build.ROLE_FOLDERS[role] for role in run.method.trains]
-    parts, record = source.load(path, wanted)
-    told = check_resumable(run.settings, record, path, continues)
+def owns(folder: RunFolder, path: Path) -> bool:
+    """Whether a checkpoint is this run's own: then the run is continued, else a stage starts from it."""
+    return run_of(path).root.resolve() == folder.root.resolve()
+
+
+def _frozen_fields(run: Config) -> tuple[str, ...]:
+    return INIT_FIELDS if run.layout == "paired_lora" else ()
+
+
+def _has_part(record: dict[str, Any], role: Role) -> bool:
+    return any(name.startswith(f"{build.ROLE_FOLDERS[role]}/") for name in record["manifest"])
+
+
+def restore(run: Run, path: Path) -> None:
+    """Weights, optimizers and counters from a checkpoint.  Learning rates come from the settings."""
+    continues = owns(run.folder, path)
+    parts, record = run_of(path).load(path, [build.ROLE_FOLDERS[role] for role in run.method.trains])
     for role in run.method.trains:
         part, named = parts[build.ROLE_FOLDERS[role]], run.networks.named_parameters(role)
         load_parameters(named, part.tensors["model"], path)
         load_optimizer(run.engine.optimizers[role], named, part.tensors["optimizer"], part.values["optimizer"])
         run.engine.load_scaler_state(role, part.values["scaler"])
-    skipped = record["skipped_in_a_row"] if continues else 0
+    skipped = dict(record.get("skipped_by_role", {})) if continues else {}
     run.state = State(Clock(record["tick"], record["step"]), record["samples_seen"], skipped)
-    if continues and run.engine.is_main:
-        log.cut_logs(run.folder.root, record["tick"] + 1)
-    return told
 
 
 def load_parameters(named: dict[str, torch.nn.Parameter], saved: Any, path: Path) -> None:
@@ -265,15 +292,20 @@ def load_parameters(named: dict[str, torch.nn.Parameter], saved: Any, path: Path
 
 def prepare(settings: Settings, folder: RunFolder, engine: Engine, stop: StopRequest) -> Run:
     """Cheap checks first, then models, then the checkpoint."""
-    cfg = settings.run
-    kind = METHODS[cfg.method]
+    cfg, kind = settings.run, METHODS[settings.run.method]
     resume_from = find_checkpoint(cfg, folder)
     if resume_from is None and folder.steps():
         raise UserError(f"{folder.root} already holds a run", "go on with --auto-resume, or choose another --exp-name")
+    record, told = check_resumable(settings, resume_from, folder, engine.world) if resume_from else ({"step": 0}, [])
+    check_trains(settings, record["step"])
     found = build.check_rewards(settings.method)
+    data = dataset_for(kind.data, cfg.data_path_train, settings.size_px)
+    prompts = sheet_prompts(settings, data)
+
     family = build.build_family(cfg, engine.dtype).to(engine.device)
     shape = build.latent_shape(family, settings.size_px)
-    data = dataset_for(kind.data, cfg.data_path_train, settings.size_px, shape)
+    if isinstance(data, Pairs):
+        data.check_shape(shape)
     networks = build.assemble(
         settings, family, uses=kind.uses, trains=kind.trains, dtype=engine.dtype, device=engine.device,
         autocast=engine.autocast,
@@ -286,11 +318,33 @@ def prepare(settings: Settings, folder: RunFolder, engine: Engine, stop: StopReq
     feed = Feed(data, cfg.seed, cfg.batch_size, cfg.gradient_accumulation_steps, engine.rank, engine.world, workers)
     quiet_log = log.RunLog(folder.root, method.columns, is_main=False)
     run = Run(settings, folder, engine, networks, method, feed, quiet_log, SampleSheet.none(), State(), stop)
-    told = restore(run, resume_from) if resume_from else []
+    if resume_from:
+        restore(run, resume_from)
+    if engine.is_main:  # what comes after the checkpoint is written again; without one of its own, everything is
+        own = resume_from is not None and owns(folder, resume_from)
+        log.cut_logs(folder.root, run.state.clock.tick + 1 if own else 0)
     run.log = make_log(run)
-    run.sheet = SampleSheet.build(settings, method, networks, folder.root, run.log, data, engine)
-    announce(run, resume_from, found + told)
+    run.sheet = SampleSheet.build(settings, method, networks, folder.root, run.log, prompts, engine)
+    announce(run, resume_from, [*found, *told, *advice(settings, resume_from)])
     return run
+
+
+def check_trains(settings: Settings, first_step: int) -> None:
+    """Refuse a start at which the generator has no loss yet."""
+    method = settings.method
+    if isinstance(method, DMDRConfig) and method.dmd_weight == 0 and first_step < method.cold_start_iter:
+        raise UserError(
+            f"--dmd-weight 0: nothing to train at step {first_step}, rewards begin at {method.cold_start_iter}",
+            f"set --cold-start-iter {first_step}",
+        )
+
+
+def advice(settings: Settings, resume_from: Path | None) -> list[str]:
+    run = settings.run
+    starts_bare = resume_from is None and not run.xl_ode_pretrain_path and not run.generator_init
+    if run.method == "dmdr" and run.sample_num_steps == 1 and starts_bare:
+        return ["warning: a one-step student without --xl-ode-pretrain-path starts far from the teacher"]
+    return []
 
 
 def adam_settings(settings: Settings, role: Role) -> AdamSettings:
@@ -347,29 +401,48 @@ def announce(run: Run, resume_from: Path | None, lines: Sequence[str]) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    settings = cli.parse(arguments)
-    if settings.run.dry_run:
-        print(yaml.safe_dump(settings.as_dict(), sort_keys=False, allow_unicode=True), end="")
+    if cli.rehearse(arguments):
         return EXIT_DONE
-    stop = StopRequest()
-    engine = Engine(settings.run.mixed_precision, settings.run.max_grad_norm)
-    root = Path(settings.run.output_dir) / settings.run.exp_name
-    folder = RunFolder(root)
-    with folder.lock() if engine.is_main else contextlib.nullcontext():
-        code = -1
-        try:
-            if engine.is_main:
-                folder.clean()
-            run = prepare(settings, folder, engine, stop)
-            try:
-                code = loop(run)
-            finally:
-                run.log.close()
-        except UserError as error:
-            code = error.exit_code
-            raise
-        finally:
-            if engine.is_main:
-                (root / ".exit_code").write_text(f"{code}\n")
-            engine.close()
+    settings = build.resolved(cli.parse(arguments))
+    folder = RunFolder(Path(settings.run.output_dir) / settings.run.exp_name)
+    with StopRequest() as stop:
+        engine = Engine(settings.run.mixed_precision, settings.run.max_grad_norm)
+        with folder.lock() if engine.is_main else contextlib.nullcontext():
+            return train(settings, folder, engine, stop)
+
+
+def train(settings: Settings, folder: RunFolder, engine: Engine, stop: StopRequest) -> int:
+    """Run under the lock.  ``.exit_code`` says how it ended, since launchers wrap codes; none: killed, or still running."""
+    marker = folder.root / ".exit_code"
+    code = -1  # an error that is nobody's mistake
+    try:
+        if engine.is_main:
+            marker.unlink(missing_ok=True)
+            folder.clean()
+        code = prepare_and_loop(settings, folder, engine, stop)
+    except UserError as error:
+        code = error.exit_code
+        raise
+    finally:
+        if engine.is_main:
+            with contextlib.suppress(OSError):  # the disk may be full
+                marker.write_text(f"{code}\n")
+        engine.close()
     return code
+
+
+def prepare_and_loop(settings: Settings, folder: RunFolder, engine: Engine, stop: StopRequest) -> int:
+    try:
+        run = prepare(settings, folder, engine, stop)
+        try:
+            return loop(run)
+        finally:
+            run.log.close()
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise UserError(
+            f"cannot write to {folder.root}: {error.strerror}",
+            "make room, then run the same command with --auto-resume",
+            EXIT_DISK,
+        ) from error
