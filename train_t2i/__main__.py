@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from train_t2i import cli
 from train_t2i.errors import EXIT_DONE, EXIT_USER, UserError
 
 VERBS = {
@@ -33,6 +34,8 @@ def main(arguments: Sequence[str]) -> int:
     try:
         if verb not in VERBS:
             raise UserError(f"{verb}: unknown verb", f"one of {', '.join(VERBS)}")
+        if verb == "train" and cli.rehearse(rest):  # help, mistakes and --dry-run are answered before torch loads
+            return EXIT_DONE
         return import_module(f"train_t2i.{verb}").main(rest)
     except UserError as error:
         print(f"error: {error.message}", file=sys.stderr)
