@@ -1,0 +1,163 @@
+"""Shared by all tests: no network, one thread a test, tiny models made once, training runs inside this process."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the tokenizer's threads do not survive a fork
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tiny operators only lose time on more threads; slow tests keep theirs."""
+    torch = sys.modules.get("torch")
+    if torch is None or request.node.get_closest_marker("slow"):
+        yield
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+# -- tiny models and data, made once ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("store")
+
+
+@pytest.fixture(scope="session")
+def sdxl_folder(store: Path) -> Path:
+    import tiny
+
+    return tiny.save_sdxl(store / "sdxl")
+
+
+@pytest.fixture(scope="session")
+def sdxl_folder_2(store: Path) -> Path:
+    """Another architecture: other widths, depths and VAE factor."""
+    import tiny
+
+    return tiny.save_sdxl(store / "sdxl-2", seed=5, second_config=True)
+
+
+@pytest.fixture(scope="session")
+def tiny_vae_folder(store: Path) -> Path:
+    import tiny
+
+    return tiny.save_tiny_vae(store / "tiny-vae")
+
+
+@pytest.fixture(scope="session")
+def towers(store: Path) -> dict[str, Path]:
+    """Reward name -> folder."""
+    from reward_towers import MODES, write_folder
+
+    return {name: write_folder(store / f"tower-{name}", name) for name in MODES}
+
+
+@pytest.fixture(scope="session")
+def prompts_file(store: Path) -> Path:
+    import tiny
+
+    return tiny.save_prompts(store / "prompts.txt")
+
+
+@pytest.fixture(scope="session")
+def images_table(store: Path) -> Path:
+    import tiny
+
+    return tiny.save_images(store / "images")
+
+
+@pytest.fixture(scope="session")
+def pairs_folder(store: Path, sdxl_folder: Path, prompts_file: Path) -> Path:
+    from train_t2i import pairs
+
+    out = store / "pairs"
+    arguments = (
+        f"--out {out} --pretrained-model {sdxl_folder} --data-path-train {prompts_file} --count 8 "
+        "--num-inference-steps 2 --cfg-scale 2 --resolution 32 --shard-size 3 --mixed-precision no"
+    )
+    assert pairs.main(shlex.split(arguments)) == 0
+    return out
+
+
+# -- training inside this process ------------------------------------------------------------------------------------
+
+
+@dataclass
+class Ended:
+    """How a command ended, and what it said."""
+
+    code: int
+    out: str
+    err: str
+
+
+@dataclass
+class Trainer:
+    """``train`` with the flags of a tiny run; later flags win."""
+
+    root: Path
+    flags: dict[str, str]
+    say: Callable[[], tuple[str, str]]
+    methods: dict[str, str] = field(default_factory=dict)
+
+    def arguments(self, name: str, more: str = "", method: str = "dmdr") -> list[str]:
+        return shlex.split(f"train {self.flags['all']} {self.flags[method]} --exp-name {name} {more}")
+
+    def ends(self, name: str, more: str = "", method: str = "dmdr") -> Ended:
+        """Run to its end, whatever that is."""
+        from train_t2i.__main__ import main
+
+        self.say()
+        code = main(self.arguments(name, more, method))
+        return Ended(code, *self.say())
+
+    def run(self, name: str, more: str = "", method: str = "dmdr") -> Path:
+        """Run to a good end; the run's folder."""
+        ended = self.ends(name, more, method)
+        assert ended.code == 0, ended.err
+        return self.root / name
+
+
+@pytest.fixture
+def trainer(
+    tmp_path: Path,
+    sdxl_folder: Path,
+    tiny_vae_folder: Path,
+    prompts_file: Path,
+    images_table: Path,
+    pairs_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Trainer:
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # a process that ends loses nothing that was written
+    flags = {
+        "all": f"--pretrained-model {sdxl_folder} --output-dir {tmp_path} --resolution 32 --mixed-precision no "
+        "--batch-size 2 --batch-size-test 2 --lora-rank 2 --learning-rate-gen 1e-3 --sample-steps 0 "
+        "--checkpoint-steps 0 --max-train-steps 2 --teacher-num-steps 2 --num-workers 0",
+        "dmdr": f"--method dmdr --data-path-train {prompts_file} --tiny-vae {tiny_vae_folder} --learning-rate-gui 1e-3 "
+        "--ratio-update 2 --cold-start-iter 1000 --cfg-r 3",
+        "ode": f"--method ode --data-path-train {pairs_folder}",
+        "sft": f"--method sft --data-path-train {images_table}",
+    }
+
+    def say() -> tuple[str, str]:
+        captured = capsys.readouterr()
+        return captured.out, captured.err
+
+    return Trainer(tmp_path, flags, say)
