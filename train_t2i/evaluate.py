@@ -211,16 +211,12 @@ def row_of(model: ImageModel, name: str, made: Made, scorers: Scorers, config: E
 
 
 def save_grid(folder: str, name: str, images: Sequence[Tensor]) -> None:
-    import torch
+    from train_t2i.sample import square_grid
 
-    from train_t2i.log import grid_image
-
-    columns = max(1, round(len(images) ** 0.5))
-    rows = [torch.stack(list(images[i : i + columns])) for i in range(0, len(images), columns)]
     path = Path(folder) / f"{''.join(c if c.isalnum() or c in '-_.@' else '_' for c in name)}.png"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        grid_image(rows).save(path)
+        square_grid(images).save(path)
     except OSError as error:
         raise UserError(f"--save-images {folder}: cannot be written ({error})", "choose another folder") from None
 
