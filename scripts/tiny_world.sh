@@ -1,0 +1,67 @@
+#!/usr/bin/env bash
+# What quickstart.sh and reproduce.sh share: stages that are done once, the data of the tiny world, one evaluation.
+# Expects WORK, the folder of everything that is made.
+# shellcheck source=scripts/setup.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/setup.sh"
+
+export TINY=1 NUM_PROCESSES=1 OUTPUT_DIR="$WORK" SEED="${SEED:-30}"
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false # everything is in the checkout
+LAUNCHERS="$SETUP_ROOT/scripts/single_node"
+CHECKPOINTS="$SETUP_ROOT/checkpoints"
+EVALUATION_PROMPTS="${EVALUATION_PROMPTS:-500}"
+mkdir -p -- "$WORK"
+
+stage() { # NAME COMMAND...: runs once; a finished stage is skipped, an interrupted one goes on
+  local name="$1" done="$WORK/.done/$1" start=$SECONDS
+  shift
+  if [[ -e "$done" ]]; then
+    printf '== %s: already done\n' "$name"
+    return
+  fi
+  printf '== %s\n' "$name"
+  "$@"
+  mkdir -p -- "$WORK/.done"
+  printf '%d\n' $((SECONDS - start)) >"$done"
+  printf '== %s: %d s\n' "$name" $((SECONDS - start))
+}
+
+scenes() { # the data of the world: prompts to train on, held-out prompts and rendered scenes to judge by
+  "$PYTHON" -m shapes.scenes prompts --split train --count 8000 --seed 1 --out "$WORK/prompts.txt"
+  "$PYTHON" -m shapes.scenes prompts --split eval --count "$EVALUATION_PROMPTS" --seed 2 --out "$WORK/eval_prompts.txt"
+  "$PYTHON" -m shapes.scenes render --split eval --count 2000 --seed 3 --out "$WORK/reference"
+}
+
+pairs() { # COUNT: (noise, prompt, teacher latent)
+  "$PYTHON" -m train_t2i pairs --out "$WORK/pairs" --pretrained-model "$CHECKPOINTS/tiny-sdxl" --count "$1" \
+    --data-path-train "$WORK/prompts.txt" --num-inference-steps 25 --cfg-scale "$TEACHER_CFG" --resolution 64 \
+    --mixed-precision no --batch-size 64
+}
+
+train() { # LAUNCHER EXP_NAME FLAGS...: a training stage, from its newest checkpoint where there is one
+  local launcher="$1" name="$2"
+  shift 2
+  DATA_PATH_TRAIN="${DATA_PATH_TRAIN:-$WORK/prompts.txt}" EXP_NAME="$name" \
+    SAMPLE_PROMPTS="$WORK/eval_prompts.txt" bash "$LAUNCHERS/$launcher.sh" --auto-resume "$@"
+}
+
+evaluate() { # NAME FLAGS...: one row of table.json
+  local name="$1"
+  shift
+  "$PYTHON" -m train_t2i evaluate "$@" --name "$name" --out "$WORK/table.json" --prompts "$WORK/eval_prompts.txt" \
+    --count "$EVALUATION_PROMPTS" --batch-size 50 --scorer shapes.oracle:adherence \
+    --clip-reward-model "$CHECKPOINTS/tiny-clip" --hpsv2-reward-model "$CHECKPOINTS/tiny-hps" \
+    --held-out-model "$CHECKPOINTS/tiny-clip-heldout" --reference "$WORK/reference/metadata.csv" --save-images "$WORK/grids"
+}
+
+TEACHER_CFG="$(sed -n 's/^setting teacher-cfg  *[^ ]*  *\([^ ]*\).*/\1/p' "$SETUP_ROOT/scripts/sdxl.sh")"
+
+evaluate_teacher() {
+  evaluate teacher --teacher --pretrained-model "$CHECKPOINTS/tiny-sdxl" --teacher-num-steps 25 \
+    --teacher-cfg "$TEACHER_CFG" --resolution 64
+}
+
+checkpoint() { # RUN: its newest record
+  local newest
+  newest="$(ls -v "$WORK/$1/checkpoints/torch_units/" | tail -n 1)"
+  printf '%s\n' "$WORK/$1/checkpoints/torch_units/$newest"
+}
