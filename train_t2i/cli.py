@@ -31,6 +31,9 @@ ALIASES = {
     "cold_start_steps": "cold_start_iter",
 }
 
+# fields of verbs that may stand without a flag -> their flag
+STANDING = {"runs": "run", "names": "name"}
+
 
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one UserError."""
@@ -76,7 +79,7 @@ def add_flags(parser: argparse.ArgumentParser, kind: type, title: str) -> None:
         if of_type is bool:
             extra = {"type": parse_bool, "nargs": "?", "const": True, "metavar": "on|off"}
         if typing.get_origin(of_type) is tuple:
-            option = "--run" if field.name == "runs" else option
+            option = "--" + STANDING.get(field.name, field.name).replace("_", "-")
             extra = {"action": "append", "dest": field.name, "metavar": option[2:].upper()}
         help_text = (field.metadata["help"] + shown).replace("%", "%%")
         group.add_argument(option, default=argparse.SUPPRESS, help=help_text, **extra)
@@ -156,22 +159,25 @@ def _unknown_flag(argument: str, method: str) -> UserError:
 def parse_verb(kind: type, verb: str, arguments: Sequence[str]) -> Any:
     """Flags of a verb other than train -> its dataclass, bounds checked.
 
-    A field of type ``tuple[str, ...]`` is a flag that may be repeated; those of ``runs`` may also stand without one.
+    A field of type ``tuple[str, ...]`` is a flag that may be repeated; ``runs`` and ``names`` may also stand without one.
     A verb's own names win over the aliases of training scripts.
     """
     own = {field.name for field in dataclasses.fields(kind)}
     aliases = {theirs: ours for theirs, ours in ALIASES.items() if theirs not in own and ours in own}
     parser = Parser(prog=f"python -m train_t2i {verb}", description=kind.__doc__, allow_abbrev=False)
-    if "runs" in own:
-        parser.add_argument("standing", nargs="*", metavar="RUN", help="run folders, OUTPUT_DIR/EXP_NAME")
+    bare = next((name for name in STANDING if name in own), None)
+    if bare is not None:
+        parser.add_argument(
+            "standing", nargs="*", metavar=STANDING[bare].upper(), help=f"the same as --{STANDING[bare]}"
+        )
     add_flags(parser, kind, "flags")
     values = vars(parser.parse_intermixed_args([spelled(argument, aliases) for argument in arguments]))
-    standing = values.pop("standing", None) or []
+    standing = tuple(values.pop("standing", None) or ())
     for field in dataclasses.fields(kind):
         if field.name in values and isinstance(values[field.name], list):
             values[field.name] = tuple(values[field.name])
         if field.name in values:
             check_bounds("--" + field.name.replace("_", "-"), values[field.name], field.metadata)
-    if standing:
-        values["runs"] = (*standing, *values.get("runs", ()))
+    if bare is not None and standing:
+        values[bare] = (*standing, *values.get(bare, ()))
     return kind(**values)

@@ -85,16 +85,16 @@ def check_config(config: EvaluateConfig) -> None:
 # -- the table -------------------------------------------------------------------------------------------------------
 
 
-def read_table(path: str) -> list[dict[str, Any]]:
+def read_table(path: str, option: str = "--out") -> list[dict[str, Any]]:
     """The rows of a table; none where there is no file yet."""
     try:
         rows = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return []
     except (OSError, ValueError) as error:
-        raise UserError(f"--out {path}: cannot be read ({error})", "give a table, or a new file") from None
+        raise UserError(f"{option} {path}: cannot be read ({error})", "give a table, or a new file") from None
     if not isinstance(rows, list) or not all(isinstance(row, dict) and "model" in row for row in rows):
-        raise UserError(f"--out {path}: not a table of models", "give a table, or a new file")
+        raise UserError(f"{option} {path}: not a table of models", "give a table, or a new file")
     return rows
 
 

@@ -49,7 +49,7 @@ def merge_adapters(net: nn.Module) -> nn.Module:
 
     for name, layer in list(net.named_modules()):
         if isinstance(layer, LoraLayer):
-            layer.merge(safe_merge=True, adapter_names=list(layer.lora_A) or None)  # type: ignore[operator]
+            layer.merge(safe_merge=True, adapter_names=list(layer.lora_A) or None)
             parent, _, child = name.rpartition(".")
             setattr(net.get_submodule(parent), child, layer.get_base_layer())
     return net

@@ -81,7 +81,8 @@ def write_samples(model: ImageModel, prompts: Sequence[str], config: SampleConfi
 
     from train_t2i.log import to_pil
 
-    shown, lines = [], []
+    shown: list[Tensor] = []
+    lines: list[dict[str, object]] = []
     with tqdm(total=len(prompts), unit="image", desc=model.name) as bar:
         for first in range(0, len(prompts), config.batch_size):
             batch = prompts[first : first + config.batch_size]

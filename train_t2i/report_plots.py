@@ -1,0 +1,145 @@
+"""The curves of a report as PNG files: raw values faint, smoothed ones on top, a colour a run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from train_t2i.report_data import Points, RunStory, offsets
+
+COLOURS = ("#2f6db5", "#c8553d", "#3a8f5c", "#8457a8", "#b98a1d", "#3d8f99", "#a34a75", "#6b6b6b")
+INK, FAINT = "#22252a", "#d9dce1"
+# file -> (title of the section, panels: series -> label)
+FIGURES: dict[str, tuple[str, dict[str, str]]] = {
+    "rewards": (
+        "Rewards",
+        {"gen/reward_clip": "CLIP reward", "gen/reward_hps": "HPS reward"},
+    ),
+    "losses": (
+        "Losses",
+        {
+            "gen/loss": "generator, all terms",
+            "gen/loss_dmd": "distribution matching",
+            "gen/loss_clip": "CLIP term",
+            "gen/loss_hps": "HPS term",
+            "gui/loss": "guidance network",
+            "gen/score_gap": "score gap",
+        },
+    ),
+    "gradients": (
+        "Gradient norms and learning rates",
+        {
+            "gen/grad_norm": "generator, gradient norm",
+            "gui/grad_norm": "guidance network, gradient norm",
+            "gen/lr": "generator, learning rate",
+            "gui/lr": "guidance network, learning rate",
+        },
+    ),
+    "speed": ("Speed", {"gui/seconds_tick": "seconds a tick", "gen/seconds_tick": "seconds a generator tick"}),
+}
+LOG_SCALE = ("grad_norm", "lr")
+EXACT = ("learning rate",)  # panels that are drawn as they are
+
+
+def colour_of(index: int) -> str:
+    return COLOURS[index % len(COLOURS)]
+
+
+def smooth(values: Sequence[float], share: float = 0.04) -> list[float]:
+    """Centred running mean over ``share`` of the points, at least 5; at the ends over those that are there."""
+    half = max(2, round(len(values) * share / 2))
+    totals = [0.0]
+    for value in values:
+        totals.append(totals[-1] + value)
+    out = []
+    for i in range(len(values)):
+        low, high = max(0, i - half), min(len(values), i + half + 1)
+        out.append((totals[high] - totals[low]) / (high - low))
+    return out
+
+
+def draw_panel(axes: Any, label: str, curves: Sequence[tuple[int, str, int, Points]], log: bool) -> None:
+    """``curves``: (colour index, name, offset, points)."""
+    for index, name, offset, (steps, values) in curves:
+        places = [step + offset for step in steps]
+        kwargs: dict[str, Any] = {"color": colour_of(index)}
+        if len(values) < 12 or label.endswith(EXACT):
+            marker = "o" if len(values) < 12 else None
+            axes.plot(places, values, marker=marker, markersize=3, linewidth=1.4, label=name, **kwargs)
+            continue
+        axes.plot(places, values, linewidth=0.6, alpha=0.28, **kwargs)
+        axes.plot(places, smooth(values), linewidth=1.7, label=name, **kwargs)
+    if log and all(value > 0 for _, _, _, (_, values) in curves for value in values):
+        from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
+
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        low, high = axes.get_ylim()
+        if high < 1.5 * low:  # all but constant: no empty axis of rounding errors
+            axes.set_ylim(low / 2, high * 2)
+    axes.set_title(label, loc="left", fontsize=10, color=INK)
+    axes.set_xlabel("generator steps", fontsize=8, color=INK)
+    axes.grid(color=FAINT, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.tick_params(which="both", labelsize=8, colors=INK, length=0)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color(FAINT)
+    axes.margins(x=0.02)
+
+
+def draw_figure(runs: Sequence[RunStory], panels: dict[str, str], path: Path) -> bool:
+    """One PNG; False, and none, where no run has any of the series."""
+    begins = offsets(runs)
+    shown = []
+    for key, label in panels.items():
+        curves = [
+            (i, run.name.replace("$", r"\$"), begins[i], run.series[key])
+            for i, run in enumerate(runs)
+            if key in run.series
+        ]
+        if curves:
+            shown.append((key, label, curves))
+    if not shown:
+        return False
+    import matplotlib.figure
+
+    columns = min(2, len(shown))
+    rows = math.ceil(len(shown) / columns)
+    figure = matplotlib.figure.Figure(figsize=(5.2 * columns, 2.7 * rows + 0.35), layout="constrained", dpi=130)
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for i, axes in enumerate(grid.flat):
+        if i >= len(shown):
+            axes.set_visible(False)
+            continue
+        key, label, curves = shown[i]
+        draw_panel(axes, label, curves, key.endswith(LOG_SCALE))
+    add_legend(figure, runs, {index for _, _, curves in shown for index, *_ in curves})
+    figure.savefig(path, facecolor="white")
+    return True
+
+
+def add_legend(figure: Any, runs: Sequence[RunStory], used: set[int]) -> None:
+    if len(runs) < 2:
+        return
+    from matplotlib.lines import Line2D
+
+    handles = [Line2D([], [], color=colour_of(i), linewidth=2) for i in sorted(used)]
+    names = [runs[i].name.replace("$", r"\$") for i in sorted(used)]
+    figure.legend(handles, names, loc="outside upper left", ncols=min(len(names), 5), fontsize=8, frameon=False)
+
+
+def draw_all(runs: Sequence[RunStory], folder: Path) -> dict[str, Path]:
+    """Section title -> its PNG, for the figures that have something to show."""
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = {}
+    for name, (title, panels) in FIGURES.items():
+        path = folder / f"{name}.png"
+        path.unlink(missing_ok=True)
+        if draw_figure(runs, panels, path):
+            drawn[title] = path
+    return drawn
