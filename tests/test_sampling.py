@@ -8,7 +8,7 @@ import torch
 from diffusers import DDIMScheduler, LCMScheduler, StableDiffusionXLPipeline
 from torch import Tensor
 
-from train_t2i.families.sdxl import SDXL
+from train_t2i.families import Family, load_family
 from train_t2i.networks import Networks
 from train_t2i.sampling import few_step, many_step, simulate_to
 from train_t2i.schedule import EpsilonVP, scaled_linear_alphas_cumprod
@@ -19,8 +19,8 @@ PATH = EpsilonVP(scaled_linear_alphas_cumprod())
 
 
 @pytest.fixture(scope="module")
-def family(sdxl_folder) -> SDXL:
-    return SDXL(str(sdxl_folder))
+def family(sdxl_folder) -> Family:
+    return load_family("auto", str(sdxl_folder))
 
 
 @pytest.fixture(scope="module")
@@ -71,12 +71,12 @@ def test_the_teacher_is_the_stock_pipeline_step_by_step(pipe, networks, family, 
         pipe, DDIMScheduler.from_config(
             pipe.scheduler.config, timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False
         ),
-        noise, num_inference_steps=5, guidance_scale=cfg,
+        noise, num_inference_steps=3, guidance_scale=cfg,
         negative_prompt=[negative] * 2 if negative else None,
     )  # fmt: skip
     x0_at, inputs = ours_recorded(networks, family.encode(PROMPTS, negative), "teacher", cfg)
-    last = many_step(x0_at, family.path, 5, noise)
-    assert len(inputs) == 5
+    last = many_step(x0_at, family.path, 3, noise)
+    assert len(inputs) == 3  # does not divide 1000, so dense and few-step grids differ
     for step, (mine, their) in enumerate(zip([*inputs[1:], last], theirs, strict=True)):
         torch.testing.assert_close(mine, their, rtol=1e-3, atol=1e-3, msg=lambda m, step=step: f"step {step}: {m}")
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 from transformers.models.clip.tokenization_clip import CLIPTokenizer as _CLIPTokenizer
 
-from train_t2i.families.sdxl import SDXL
+from train_t2i.families.base import Family
 from train_t2i.networks import AdapterSpec, Networks, build_networks
 
 ASCII = [chr(i) for i in range(33, 127)]
@@ -121,7 +121,7 @@ def save_images(folder: Path, count: int = 6, size_px: int = 32) -> Path:
 
 
 def networks(
-    family: SDXL,
+    family: Family,
     layout: str,
     *,
     trains: Sequence[str] = ("generator", "guidance"),
