@@ -71,12 +71,12 @@ def test_the_teacher_is_the_stock_pipeline_step_by_step(pipe, networks, family, 
         pipe, DDIMScheduler.from_config(
             pipe.scheduler.config, timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False
         ),
-        noise, num_inference_steps=3, guidance_scale=cfg,
+        noise, num_inference_steps=5, guidance_scale=cfg,
         negative_prompt=[negative] * 2 if negative else None,
     )  # fmt: skip
     x0_at, inputs = ours_recorded(networks, family.encode(PROMPTS, negative), "teacher", cfg)
-    last = many_step(x0_at, family.path, 3, noise)
-    assert len(inputs) == 3  # does not divide 1000, so dense and few-step grids differ
+    last = many_step(x0_at, family.path, 5, noise)
+    assert len(inputs) == 5
     for step, (mine, their) in enumerate(zip([*inputs[1:], last], theirs, strict=True)):
         torch.testing.assert_close(mine, their, rtol=1e-3, atol=1e-3, msg=lambda m, step=step: f"step {step}: {m}")
 
@@ -171,3 +171,17 @@ def test_many_step_ends_clean():
     """With a perfect estimate at hand the deterministic path ends on it exactly."""
     x0 = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
     assert torch.equal(many_step(lambda x, t: x0, PATH, 7, fresh(0)), x0)
+
+
+def test_many_step_asks_at_the_dense_times():
+    """Where the number of steps does not divide 1000 the dense grid is not the student's.  (diffusers' DDIM then lands a
+    level beside the next time that it asks at; ours lands on it.)"""
+    asked: list[float] = []
+
+    def x0_at(x: Tensor, t: Tensor) -> Tensor:
+        asked.append(float(t[0]))
+        return x
+
+    many_step(x0_at, PATH, 3, fresh(0))
+    assert asked == PATH.dense_grid(3)[:-1].tolist()
+    assert asked != PATH.grid(3)[:-1].tolist()
