@@ -1,8 +1,8 @@
 """Says what a picture shows, by geometry and colour and without a network, and whether a caption fits it.
 
 Analysis by synthesis: find the background and the blobs on it, explain each blob by the one shape that matches its soft
-outline best, paint the explanation, and accept it only if it looks like the picture.  Blur and light noise pass, since areas and
-centroids are soft moments; mush, stray blobs and two-coloured objects do not.
+outline best, and accept that only if it fits.  Blur and light noise pass, since areas and centroids are soft moments; mush, stray
+blobs and two-coloured objects do not.
 
     from shapes.oracle import adherence      # (B,3,H,W) in [0,1], prompts -> (B,) of 0 or 1
 """
@@ -34,7 +34,7 @@ CENTRE_PX = 7.5  # an object within this of the middle is in the centre
 
 @dataclass(frozen=True)
 class Found:
-    """An object read from a picture: what it is, the middle of its bounding box and its radius in px, and how badly it fits."""
+    """An object in a picture: what it is, the middle of its bounding box and its radius in px, how badly it fits."""
 
     thing: Thing
     x: float
@@ -55,7 +55,7 @@ class Reading:
 
 def components(mask: Tensor) -> Tensor:
     """Label 8-connected regions.  (B, H, W) bool -> (B, H, W) int64; 0 outside, any distinct numbers inside."""
-    b, h, w = mask.shape
+    h, w = mask.shape[-2:]
     inside = mask.float()[:, None]
     labels = torch.arange(1, h * w + 1, dtype=torch.float32).view(1, 1, h, w) * inside
     for _ in range(h * w):
@@ -104,7 +104,7 @@ def _fit(alpha: Array) -> tuple[str, float, float, float, float]:
 
 
 def _read_object(image: Array, background: Array, blob: Array, near: Array) -> Found | str:
-    """Explain one blob.  blob: its pixels; near: those and the soft rim around them.  A string says why it is no object."""
+    """Explain one blob (its pixels; near: those and the soft rim).  A string says why it is no object."""
     distance = np.linalg.norm(image - background, axis=-1)
     core = blob & (distance >= 0.7 * np.quantile(distance[blob], 0.8))
     rgb = np.median(image[core], axis=0)

@@ -1,7 +1,7 @@
 """Pictures of scenes: signed distances, antialiased edges, a little jitter.  numpy only; H = W = 64 px.
 
-All shapes are centred on the middle of their bounding box.  `radius` r in px sets the scale; the shapes are drawn so that
-their areas are alike (2.3 to 3.2 r^2) and size cannot be mistaken for shape.
+All shapes are centred on the middle of their bounding box.  `radius` r in px sets the scale; the shapes are drawn so
+that their areas are alike (2.3 to 3.2 r^2) and size cannot be mistaken for shape.
 """
 
 from __future__ import annotations

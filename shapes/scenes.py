@@ -1,4 +1,4 @@
-"""Captioned scenes of the embedded world: what there is to say, how it is said, and which scenes are kept for evaluation.
+"""Captioned scenes of the embedded world: what there is to say, how it is said, and what is kept for evaluation.
 
 A scene is one or two plain shapes on a muted background.  Its caption names every attribute, so that
 ``parse(caption(scene)) == scene`` and a picture can be judged without opinion (see ``oracle.py``).
@@ -48,7 +48,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a caption says.  One object has a `position`, two have a `relation` (the first is left of or above the second)."""
+    """What a caption says.  One object has a `position`; of two, the first is left of or above the second (`relation`)."""
 
     things: tuple[Thing, ...]
     background: str

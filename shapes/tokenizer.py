@@ -1,0 +1,92 @@
+"""CLIP's BPE tokenizer with its vocabulary cut to the words of this world.
+
+The class, the byte alphabet and the order of the merges are CLIP's (from the table that open_clip carries), so any text still
+tokenises; words of the world are one token each, all others fall apart into the pieces that are left.
+"""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+
+from open_clip.tokenizer import bytes_to_unicode, default_bpe, get_pairs
+from transformers import CLIPTokenizer
+
+from shapes.scenes import (
+    BACKGROUNDS,
+    COLOURS,
+    NUM_TEMPLATES,
+    POSITIONS,
+    RELATIONS,
+    SHAPES,
+    SIZES,
+    Scene,
+    Thing,
+    caption,
+)
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+COMMON_MERGES = 200  # the most frequent merges of English stay, so that foreign text does not fall into single bytes
+Merge = tuple[str, str]
+
+
+def clip_merges() -> list[Merge]:
+    """CLIP's 48894 merges in their order."""
+    lines = gzip.decompress(Path(default_bpe()).read_bytes()).decode("utf-8").split("\n")
+    pairs = (tuple(line.split()) for line in lines[1 : 49152 - 256 - 2 + 1])
+    return [(pair[0], pair[1]) for pair in pairs]
+
+
+def world_words() -> list[str]:
+    """Every word that a caption can hold."""
+    pair = (Thing("small", "red", "circle"), Thing("large", "blue", "square"))
+    texts = [" ".join((*SHAPES, *COLOURS, *SIZES, *BACKGROUNDS, *POSITIONS))]
+    for template in range(NUM_TEMPLATES):
+        texts += [caption(Scene(pair[:1], "grey", position=place), template) for place in POSITIONS]
+        texts += [caption(Scene(pair, "grey", relation=relation), template) for relation in RELATIONS]
+    return sorted({word.strip(",") for text in texts for word in text.split()})
+
+
+def merges_of(word: str, ranks: dict[Merge, int]) -> set[Merge]:
+    """The merges that CLIP applies to one word."""
+    pieces = [*word[:-1], word[-1] + "</w>"]
+    used: set[Merge] = set()
+    while len(pieces) > 1:
+        best = min(get_pairs(pieces), key=lambda pair: ranks.get(pair, 10**9))
+        if best not in ranks:
+            break
+        used.add(best)
+        joined, i = [], 0
+        while i < len(pieces):
+            if i + 1 < len(pieces) and (pieces[i], pieces[i + 1]) == best:
+                joined.append(pieces[i] + pieces[i + 1])
+                i += 2
+            else:
+                joined.append(pieces[i])
+                i += 1
+        pieces = joined
+    return used
+
+
+def cut_vocabulary() -> tuple[dict[str, int], list[str]]:
+    """(vocabulary, merges): all byte tokens, the kept merges in CLIP's order, and last the two special tokens.
+
+    The end token has the highest number, since CLIP pools the text where the number is highest.
+    """
+    merges = clip_merges()
+    ranks = {merge: rank for rank, merge in enumerate(merges)}
+    keep = set(merges[:COMMON_MERGES])
+    for word in world_words():
+        keep |= merges_of(word, ranks)
+    kept = [merge for merge in merges if merge in keep]
+    alphabet = list(bytes_to_unicode().values())
+    tokens = [*alphabet, *(byte + "</w>" for byte in alphabet), *("".join(merge) for merge in kept), START, END]
+    unique = list(dict.fromkeys(tokens))
+    return {token: number for number, token in enumerate(unique)}, [" ".join(merge) for merge in kept]
+
+
+def new_tokenizer(max_length: int = 77) -> CLIPTokenizer:
+    """A CLIPTokenizer over the cut vocabulary, padded with the end token as CLIP ViT-L is."""
+    vocabulary, merges = cut_vocabulary()
+    pairs = [tuple(merge.split()) for merge in merges]
+    return CLIPTokenizer(vocab=vocabulary, merges=pairs, model_max_length=max_length)
