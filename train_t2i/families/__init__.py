@@ -44,5 +44,5 @@ def family_of(model: str) -> str:
 
 
 def load_family(name: str, model: str, **options: Any) -> Family:
-    """Build the family ``name`` ("auto" looks at the model) on ``model``; options as the family's constructor takes them."""
-    return FAMILIES[family_of(model) if name == "auto" else name](model, **options)
+    """Build the family ``name`` ("auto" looks at the model) on ``model``; options as its ``from_pretrained`` takes them."""
+    return FAMILIES[family_of(model) if name == "auto" else name].from_pretrained(model, **options)

@@ -5,7 +5,7 @@ Shapes: x_t (B, 4, H, W); tokens (B, 77, D1 + D2); pooled (B, P2); size ids (B, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -19,10 +19,10 @@ from train_t2i.schedule import EpsilonVP
 
 
 class SDXL:
-    """SDXL and its fine-tunes, from a hub id, a pipeline folder or a single safetensors file.
+    """SDXL and its fine-tunes.
 
-    ``tiny_vae`` names an ``AutoencoderTiny`` (TAESDXL) whose decoder serves rewards; ``vae`` replaces the pipeline's VAE.
-    The VAE stays fp32: SDXL's own overflows in half precision.
+    ``tiny`` is an ``AutoencoderTiny`` (TAESDXL) whose decoder serves rewards.  The VAE stays fp32: SDXL's own overflows in
+    half precision.
     """
 
     lora_targets: tuple[str, ...] = (
@@ -34,42 +34,48 @@ class SDXL:
 
     def __init__(
         self,
-        model: str,
+        pipe: Any,
+        load_unet: Callable[[torch.dtype], nn.Module],
         *,
-        dtype: torch.dtype = torch.float32,
-        vae: str | None = None,
-        tiny_vae: str | None = None,
+        tiny: Any = None,
         shift: float = 1.0,
         checkpoint_decoder: bool = False,
     ) -> None:
-        self.model = model
+        """``pipe`` holds text encoders, tokenizers, VAE and scheduler config; ``load_unet(dtype)`` makes a denoiser."""
         self.device = torch.device("cpu")
-        self.pipe = _load_pipeline(model, dtype)
-        self.vae = _load_part(AutoencoderKL, vae, "--vae") if vae else self.pipe.vae.float()
-        self.tiny = _load_part(AutoencoderTiny, tiny_vae, "--tiny-vae") if tiny_vae else None
+        self.pipe, self.tiny, self._load_unet = pipe, tiny, load_unet
+        self.vae = pipe.vae.float()
+        pipe.vae = None  # one VAE is kept, ours
         for part in self._parts():
             part.requires_grad_(False).eval()
         if checkpoint_decoder:
             for decoder in filter(None, (self.vae, self.tiny)):
                 decoder.enable_gradient_checkpointing()
         self.vae_factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        self.path = EpsilonVP(_alphas_cumprod(self.pipe, model), shift=shift)
-        self._drop_unused()
+        self.path = EpsilonVP(_alphas_cumprod(pipe), shift=shift)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str,
+        *,
+        dtype: torch.dtype = torch.float32,
+        vae: str | None = None,
+        tiny_vae: str | None = None,
+        **options: Any,
+    ) -> SDXL:
+        """From a hub id, a pipeline folder or a file; ``options`` as the constructor takes them.  Raises UserError."""
+        pipe = _load_pipeline(model, dtype)
+        if vae:
+            pipe.vae = _load_part(AutoencoderKL, vae, "--vae")
+        tiny = _load_part(AutoencoderTiny, tiny_vae, "--tiny-vae") if tiny_vae else None
+        return cls(pipe, lambda dtype: _load_unet(model, dtype), tiny=tiny, **options)
 
     def _parts(self) -> list[nn.Module]:
         return [m for m in (self.pipe.text_encoder, self.pipe.text_encoder_2, self.vae, self.tiny) if m is not None]
 
-    def _drop_unused(self) -> None:
-        """Keep one VAE: the pipeline's own is in ``self.vae`` or was replaced."""
-        self.pipe.vae = None
-
     def load(self, dtype: torch.dtype) -> nn.Module:
-        with _told(self.model, "--pretrained-model"):
-            if _is_file(self.model):
-                unet = UNet2DConditionModel.from_single_file(self.model, dtype=dtype)
-            else:
-                unet = UNet2DConditionModel.from_pretrained(self.model, subfolder="unet", dtype=dtype)
-        return unet.requires_grad_(False).train(False)
+        return self._load_unet(dtype).requires_grad_(False).train(False)
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], negative: str | None = None) -> Cond:
@@ -143,6 +149,13 @@ def _load_pipeline(model: str, dtype: torch.dtype) -> Any:
         return pipe
 
 
+def _load_unet(model: str, dtype: torch.dtype) -> nn.Module:
+    with _told(model, "--pretrained-model"):
+        if _is_file(model):
+            return UNet2DConditionModel.from_single_file(model, dtype=dtype)
+        return UNet2DConditionModel.from_pretrained(model, subfolder="unet", dtype=dtype)
+
+
 def _load_part(kind: Any, source: str, flag: str) -> Any:
     with _told(source, flag):
         if _is_file(source):
@@ -150,11 +163,11 @@ def _load_part(kind: Any, source: str, flag: str) -> Any:
         return kind.from_pretrained(source, dtype=torch.float32)
 
 
-def _alphas_cumprod(pipe: Any, model: str) -> Tensor:
+def _alphas_cumprod(pipe: Any) -> Tensor:
     scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
     if scheduler.config.prediction_type != "epsilon":
         raise UserError(
-            f"--pretrained-model {model}: predicts {scheduler.config.prediction_type}, only epsilon is supported",
+            f"--pretrained-model: predicts {scheduler.config.prediction_type}, only epsilon is supported",
             "use a noise-predicting SDXL",
         )
     return scheduler.alphas_cumprod.float()
