@@ -1,0 +1,193 @@
+"""An exported folder in stock diffusers: the student's times, the student's images."""
+
+from __future__ import annotations
+
+import json
+import shlex
+
+import pytest
+import tiny_runs
+import torch
+
+from train_t2i.__main__ import main
+
+PROMPTS, SEEDS = ["a red circle", "blue"], [3, 4]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, sdxl_folder, prompts_file):
+    root = tmp_path_factory.mktemp("runs")
+    made = {}
+
+    def run(name, more="", method="dmdr"):
+        if name not in made:
+            made[name] = tiny_runs.train(root, name, more, method, model=sdxl_folder, prompts=prompts_file)
+        return made[name]
+
+    return run
+
+
+def export(run, out, more=""):
+    assert main(["export", str(run), "--to", "pipeline", "--out", str(out), *shlex.split(more)]) == 0
+    return out
+
+
+def stock_pipeline(folder, **options):
+    from diffusers import StableDiffusionXLPipeline
+
+    pipe = StableDiffusionXLPipeline.from_pretrained(folder, **options)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def stock_images(pipe, model, num_steps, monkeypatch, **call):
+    """(images, times at the network's input) of a stock call with the noises that our own sampler takes."""
+    import diffusers.schedulers.scheduling_lcm as lcm
+
+    from train_t2i.randomness import seeded_noise
+    from train_t2i.student import RENOISE_OFFSET
+
+    times, step = [], iter(range(1, num_steps))
+    pipe.unet.register_forward_pre_hook(lambda module, given, named: times.append(float(given[1])), with_kwargs=True)
+
+    def renoise(shape, **options):
+        i = next(step)
+        return seeded_noise([seed + i * RENOISE_OFFSET for seed in SEEDS], shape[1:])
+
+    monkeypatch.setattr(lcm, "randn_tensor", renoise)
+    start = seeded_noise(SEEDS, model.latent_shape)
+    call = {"num_inference_steps": num_steps, "guidance_scale": 0.0, **call}
+    made = pipe(PROMPTS, latents=start, output_type="pt", **call).images
+    assert next(step, None) is None, "not every re-noising was drawn"
+    return made, times
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "times"),
+    [
+        ("one", "", [399]),
+        ("four", "--sample-num-steps 4", [999, 749, 499, 249]),
+        ("three", "--sample-num-steps 3", [998, 665, 332]),
+        ("lora", "--use-lora-gen", [399]),
+        ("lora4", "--use-lora-gen --sample-num-steps 4", [999, 749, 499, 249]),
+    ],
+)
+def test_stock_diffusers_makes_the_same_images(runs, tmp_path, monkeypatch, name, flags, times):
+    from train_t2i.student import load_student
+
+    run = runs(name, flags)
+    model = load_student(str(run))
+    ours = model.images(PROMPTS, SEEDS)
+    folder = export(run, tmp_path / "pipeline")
+    recommended = json.loads((folder / "recommended.json").read_text())
+    assert recommended["num_inference_steps"] == len(times)
+    assert recommended["guidance_scale"] == 0
+    theirs, seen = stock_images(stock_pipeline(folder), model, len(times), monkeypatch)
+    assert seen == times
+    assert theirs.shape == ours.shape  # without naming a size
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-4)
+    teacher, exported = model.family.load(torch.float32).state_dict(), stock_state(folder)
+    assert teacher.keys() == exported.keys()
+    assert any(not torch.equal(teacher[key], exported[key]) for key in teacher), "the generator is the teacher's"
+
+
+def stock_state(folder):
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel.from_pretrained(folder, subfolder="unet").state_dict()
+
+
+def test_a_lora_on_an_initialised_generator_is_merged_onto_it(runs, tmp_path, monkeypatch):
+    from train_t2i.student import load_student
+
+    start = runs("one") / "checkpoints" / "torch_units" / "step-2.pt"
+    run = runs("on-top", f"--use-lora-gen --generator-init {start}")
+    model = load_student(str(run))
+    ours = model.images(PROMPTS, SEEDS)
+    theirs, _ = stock_images(stock_pipeline(export(run, tmp_path / "p")), model, 1, monkeypatch)
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-4)
+
+
+def test_another_architecture(tmp_path, sdxl_folder_2, prompts_file, monkeypatch):
+    from train_t2i.student import load_student
+
+    run = tiny_runs.train(tmp_path, "b", "--use-lora-gen", model=sdxl_folder_2, prompts=prompts_file)
+    model = load_student(str(run))
+    ours = model.images(PROMPTS, SEEDS)
+    theirs, _ = stock_images(stock_pipeline(export(run, tmp_path / "p")), model, 1, monkeypatch)
+    assert theirs.shape == ours.shape
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-4)
+
+
+def test_a_fine_tuned_teacher_keeps_its_many_guided_steps(runs, tmp_path, monkeypatch, images_table):
+    from train_t2i.student import load_student
+
+    run = runs("sft", f"--data-path-train {images_table} --teacher-num-steps 4 --teacher-cfg 3", "sft")
+    model = load_student(str(run))
+    ours = model.images(PROMPTS, SEEDS)
+    folder = export(run, tmp_path / "p")
+    recommended = json.loads((folder / "recommended.json").read_text())
+    assert recommended["num_inference_steps"] == 4
+    pipe = stock_pipeline(folder)
+    from train_t2i.randomness import seeded_noise
+
+    start = seeded_noise(SEEDS, model.latent_shape)
+    theirs = pipe(
+        PROMPTS, latents=start, num_inference_steps=4, guidance_scale=recommended["guidance_scale"], output_type="pt"
+    ).images
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-4)
+
+
+def test_half_precision(runs, tmp_path):
+    folder = export(runs("one"), tmp_path / "half", "--dtype bf16")
+    pipe = stock_pipeline(folder, dtype=torch.bfloat16)
+    assert pipe.unet.dtype == pipe.vae.dtype == torch.bfloat16
+    size = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+    full = sum(file.stat().st_size for file in export(runs("one"), tmp_path / "full").rglob("*.safetensors"))
+    assert size < 0.6 * full
+
+
+def test_the_default_folder_is_in_the_run(runs):
+    run = runs("one")
+    assert main(["export", "--run", str(run), "--step", "1"]) == 0
+    assert (run / "pipeline" / "step-1" / "model_index.json").is_file()
+
+
+# -- mistakes --------------------------------------------------------------------------------------------------------
+
+
+def refused(capsys, *arguments):
+    assert main(["export", *map(str, arguments)]) == 2
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    return said
+
+
+def test_mistakes_are_one_line(runs, tmp_path, capsys):
+    run = runs("one")
+    assert "available: pipeline" in refused(capsys, run, "--to", "onnx")
+    assert "already there" in refused(capsys, run, "--out", tmp_path)
+    assert "0 runs" in refused(capsys)
+    assert "2 runs" in refused(capsys, run, run)
+    assert "it has: 2, 1, or latest" in refused(capsys, run, "--step", "9")
+    assert "no checkpoint" in refused(capsys, tmp_path / "nothing")
+
+
+def test_a_shifted_grid_is_refused_rather_than_exported_wrong(runs, tmp_path, capsys):
+    run = runs("shifted", "--sample-num-steps 4 --shift 3")
+    assert "cannot be said in a scheduler's config" in refused(capsys, run, "--out", tmp_path / "p")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_export_leaves_nothing(runs, tmp_path, capsys, monkeypatch):
+    from diffusers import StableDiffusionXLPipeline
+
+    def full(self, folder, **options):
+        folder.mkdir(parents=True)
+        (folder / "half").write_text("x")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(StableDiffusionXLPipeline, "save_pretrained", full)
+    assert main(["export", str(runs("one")), "--out", str(tmp_path / "p")]) == 5
+    assert "No space left" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
