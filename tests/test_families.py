@@ -93,8 +93,11 @@ class Recorder:
         told = named["added_cond_kwargs"]
         self.calls.append(
             {
-                "x": positional[0], "time": torch.as_tensor(positional[1]), "tokens": named["encoder_hidden_states"],
-                "pooled": told["text_embeds"], "time_ids": told["time_ids"],
+                "x": positional[0],
+                "time": torch.as_tensor(positional[1]),
+                "tokens": named["encoder_hidden_states"],
+                "pooled": told["text_embeds"],
+                "time_ids": told["time_ids"],
             }  # fmt: skip
         )
 
@@ -312,6 +315,15 @@ def test_lora_goes_on_every_kind_of_layer_and_a_target_that_matches_none_is_an_e
 
     with pytest.raises(UserError, match="to_nothing"):
         tiny.networks(Wrong(), "shared")
+
+
+def test_lora_targets_are_the_published_ones(family):
+    """DMD2 and DMDR adapt attention, feed-forward, convolutions and the time projections of SDXL."""
+    published = (
+        "to_q to_k to_v to_out.0 proj_in proj_out ff.net.0.proj ff.net.2 conv1 conv2 conv_shortcut "
+        "downsamplers.0.conv upsamplers.0.conv time_emb_proj"
+    )
+    assert set(family.lora_targets) == set(published.split())
 
 
 def test_conditioning_stacks_negative_rows_first():
