@@ -123,7 +123,7 @@ def load_student(
     networks = build.assemble(
         settings, family, uses=generator, trains=generator, dtype=dtype, device=device, autocast=autocast
     )
-    load_saved(networks, parts[build.ROLE_FOLDERS["generator"]].tensors["model"], path)
+    load_saved(networks, parts[build.ROLE_FOLDERS["generator"]].tensors["model"], path, settings.run.pretrained_model)
     method = build.build_method(settings, networks, device, ())
     sft = settings.run.method == "sft"
     guided = sft and settings.run.teacher_cfg != 1
@@ -137,12 +137,12 @@ def load_student(
     )  # fmt: skip
 
 
-def load_saved(networks: Networks, saved: Mapping[str, Tensor], path: Path) -> None:
+def load_saved(networks: Networks, saved: Mapping[str, Tensor], path: Path, base: str) -> None:
     """Put a checkpoint's weights into the generator.  Raises UserError when the base model is another one."""
     named = networks.named_parameters("generator")
     if named.keys() != saved.keys() or any(named[key].shape != saved[key].shape for key in named):
         raise UserError(
-            f"{path}: its weights do not fit the base model {networks.family.model}",  # type: ignore[attr-defined]
+            f"{path}: its weights do not fit the base model {base}",
             "give --pretrained-model, the model that the run was trained from",
         )
     with torch.no_grad():
