@@ -16,7 +16,7 @@ from shapes.scenes import Scene
 Array = NDArray[np.float32]
 
 SIDE_PX = 64
-RADIUS_PX = {"small": 6.0, "large": 10.5}
+RADIUS_PX = {"small": 8.0, "large": 11.5}  # a small object covers four latent cells: less, and the autoencoder cannot draw it
 RADIUS_JITTER = 0.04
 COLOUR_JITTER = 0.03
 SINGLE_JITTER_PX = 2.5
