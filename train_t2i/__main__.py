@@ -16,6 +16,7 @@ VERBS = {
     "pairs": "write (noise, prompt, teacher latent) pairs for --method ode",
     "export": "a run's generator as a diffusers pipeline",
     "report": "one HTML page and plots from runs",
+    "benchmark": "seconds and memory of a step, layout by layout",
     "fetch": "download weights named in checkpoints/manifest.toml",
 }
 

@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Seconds and memory of a DMDR step in every layout, with and without gradient checkpointing; prints and writes JSON.
+#
+#   bash scripts/benchmark.sh                  the tiny world
+#   bash scripts/benchmark.sh --size sdxl      random full-size SDXL and ViT-H-14 towers; needs a CUDA device
+# shellcheck source=scripts/setup.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/setup.sh"
+work="${WORK:-$(pwd -P)/runs/benchmark}"
+mkdir -p -- "$work"
+"$PYTHON" -m shapes.scenes prompts --split train --count 1000 --seed 1 --out "$work/prompts.txt"
+flags=(--data-path-train "$work/prompts.txt" --out "$work/benchmark.json")
+if [[ " $* " == *" sdxl "* || " $* " == *"=sdxl "* ]]; then
+  "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
+    setup_fail "--size sdxl needs a CUDA device" "leave it out for the tiny world"
+  flags+=(--layouts "shared,paired" --batch-size 4 --resolution 1024)
+else
+  models="$SETUP_ROOT/checkpoints"
+  flags+=(--pretrained-model "$models/tiny-sdxl" --tiny-vae "$models/tiny-taesd" --clip-reward-model "$models/tiny-clip"
+    --hpsv2-reward-model "$models/tiny-hps" --resolution 64 --batch-size 32 --lora-rank 16 --mixed-precision no)
+fi
+exec "$PYTHON" -m train_t2i benchmark "${flags[@]}" "$@"

@@ -1,0 +1,213 @@
+"""``python -m train_t2i benchmark``: where the time and the memory of a DMDR step go, as JSON.
+
+One row a layout and a checkpointing choice: seconds a tick and a step, split into data, text encoding, rollout, guidance
+update, generator update and rewards (the last is part of the generator update's wall time and is taken out of it),
+images a second, network calls a step, peak memory.  ``--size sdxl`` takes a randomly initialised SDXL and ViT-H-14 towers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import resource
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from train_t2i import build
+from train_t2i.cli import parse_verb
+from train_t2i.config import Config, DMDRConfig, Settings, flag
+from train_t2i.engine import DTYPES, AdamSettings, Engine
+from train_t2i.errors import EXIT_DONE, UserError
+from train_t2i.feed import Feed, Prompts
+from train_t2i.full_size import random_sdxl, random_vit_h_14
+from train_t2i.methods import METHODS, Method
+from train_t2i.methods.base import Clock
+from train_t2i.networks import Networks
+
+LAYOUTS = ("shared", "paired", "paired_lora", "separate")
+
+
+@dataclass(frozen=True)
+class BenchmarkConfig:
+    """Time DMDR steps in every layout, with and without gradient checkpointing."""
+
+    size: str = flag(
+        "folder", "folder: the model of --pretrained-model; sdxl: random, full size", choices=("folder", "sdxl")
+    )
+    pretrained_model: str = flag("stabilityai/stable-diffusion-xl-base-1.0", "teacher")
+    tiny_vae: str | None = flag(None, "AutoencoderTiny whose decoder serves rewards")
+    clip_reward_model: str | None = flag(None, "CLIP reward")
+    hpsv2_reward_model: str | None = flag(None, "HPSv2.1 reward")
+    data_path_train: str = flag("prompts.txt", "prompts")
+    layouts: str = flag(",".join(LAYOUTS), "comma list")
+    resolution: str = flag("1024", "image size in pixels")
+    sample_num_steps: int = flag(1, "network calls of the student", low=1)
+    ratio_update: int = flag(5, "guidance updates a generator update", low=1)
+    batch_size: int = flag(8, "rows", low=1)
+    lora_rank: int = flag(32, "LoRA rank of the guidance network", low=1)
+    mixed_precision: str = flag("fp16", "number format of the network calls", choices=("no", "fp16", "bf16"))
+    steps: int = flag(3, "generator steps that are timed, after one that is not", low=1)
+    out: str | None = flag(None, "JSON file to write")
+
+
+class Stopwatch:
+    """Seconds by name; waits for the device, so that a phase pays for its own work."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    def now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = self.now()
+        try:
+            yield
+        finally:
+            self.seconds[name] += self.now() - start
+
+    def around(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            with self.phase(name):
+                return call(*args, **kwargs)
+
+        return timed
+
+
+@dataclass
+class Bench:
+    """One configuration, ready to run."""
+
+    engine: Engine
+    networks: Networks
+    method: Method
+    feed: Feed
+    watch: Stopwatch
+
+
+def settings_of(config: BenchmarkConfig, layout: str, checkpointing: bool) -> Settings:
+    run = Config(
+        pretrained_model=config.pretrained_model, tiny_vae=config.tiny_vae, resolution=config.resolution,
+        sample_num_steps=config.sample_num_steps, layout=layout, use_lora_gen=layout in ("shared", "paired_lora"),
+        lora_rank=config.lora_rank, batch_size=config.batch_size, mixed_precision=config.mixed_precision,
+        gradient_checkpointing=checkpointing,
+    )  # fmt: skip
+    method = DMDRConfig(
+        ratio_update=config.ratio_update, cold_start_iter=0, clip_reward_model=config.clip_reward_model,
+        hpsv2_reward_model=config.hpsv2_reward_model,
+    )  # fmt: skip
+    return Settings(run, method)
+
+
+def prepare(config: BenchmarkConfig, layout: str, checkpointing: bool) -> Bench:
+    settings = settings_of(config, layout, checkpointing)
+    engine = Engine(config.mixed_precision, 1.0)
+    watch = Stopwatch(engine.device)
+    if config.size == "sdxl":
+        family: Any = random_sdxl(engine.dtype, checkpoint_decoder=checkpointing)
+    else:
+        family = build.build_family(settings.run, engine.dtype)
+    family = family.to(engine.device)
+    roles = METHODS["dmdr"]
+    networks = build.assemble(
+        settings, family, uses=roles.uses, trains=roles.trains, dtype=engine.dtype, device=engine.device,
+        autocast=engine.autocast,
+    )  # fmt: skip
+    family.encode = watch.around("text_encoding", family.encode)
+    terms = tuple(
+        dataclasses.replace(term, score=watch.around("rewards_forward", term.score))
+        for term in build.build_rewards(settings.method, engine.dtype, engine.device, checkpointing)
+    )
+    method = build.build_method(settings, networks, engine.device, terms)
+    for role in roles.trains:
+        engine.prepare(role, networks.parameters(role), AdamSettings(1e-8, (0.9, 0.999), 1e-8, 0.0, False))
+    feed = Feed(Prompts(config.data_path_train), 0, config.batch_size)
+    return Bench(engine, networks, method, feed, watch)
+
+
+def run_ticks(bench: Bench, ticks: Iterator[Any], num_ticks: int, ratio: int) -> None:
+    """The trainer's loop, phase by phase."""
+    for tick in range(num_ticks):
+        clock = Clock(tick, tick // ratio, tick % ratio)
+        with bench.watch.phase("data"):
+            (batch,) = next(ticks)
+        with bench.watch.phase("rollout"):
+            rollout = bench.method.rollout(batch, clock)
+        for role in bench.method.roles_at(clock):
+            with bench.watch.phase(f"{role}_update"), bench.networks.updating(role):
+                for loss, _ in bench.method.losses(role, rollout, clock):
+                    bench.engine.backward(role, loss)
+                bench.engine.step(role)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def measure(config: BenchmarkConfig, layout: str, checkpointing: bool) -> dict[str, Any]:
+    """One row."""
+    bench = prepare(config, layout, checkpointing)
+    ticks, ratio = bench.feed.ticks(0), config.ratio_update
+    run_ticks(bench, ticks, ratio, ratio)
+    device = bench.engine.device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    bench.watch.seconds.clear()
+    calls = bench.networks.num_calls
+    start = bench.watch.now()
+    run_ticks(bench, ticks, ratio * config.steps, ratio)
+    seconds = (bench.watch.now() - start) / config.steps
+    split = {name: total / config.steps for name, total in sorted(bench.watch.seconds.items())}
+    split["rollout"] -= split["text_encoding"]
+    split["generator_update"] -= split.get("rewards_forward", 0.0)
+    return {
+        "layout": layout,
+        "gradient_checkpointing": checkpointing,
+        "seconds_step": seconds,
+        "seconds_tick": seconds / ratio,
+        "seconds_of_a_step": split,
+        "images_per_second": config.batch_size * ratio / seconds,
+        "network_calls_step": (bench.networks.num_calls - calls) / config.steps,
+        "peak_memory_gib": peak_memory_gib(device),
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"cpu, {torch.get_num_threads()} threads",
+    }
+
+
+def main(arguments: Sequence[str]) -> int:
+    config = parse_verb(BenchmarkConfig, "benchmark", arguments)
+    layouts = config.layouts.split(",")
+    if unknown := sorted(set(layouts) - set(LAYOUTS)):
+        raise UserError(f"--layouts {','.join(unknown)}: unknown", f"known: {', '.join(LAYOUTS)}")
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        if config.size == "sdxl":
+            tower = str(random_vit_h_14(Path(folder), DTYPES[config.mixed_precision]))
+            config = dataclasses.replace(config, clip_reward_model=tower, hpsv2_reward_model=tower)
+        for layout in layouts:
+            for checkpointing in (False, True):
+                with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:  # so that peak memory is its own
+                    row = fresh.submit(measure, config, layout, checkpointing).result()
+                rows.append(row)
+                print(json.dumps(row), flush=True)
+    if config.out:
+        Path(config.out).parent.mkdir(parents=True, exist_ok=True)
+        Path(config.out).write_text(json.dumps({"settings": dataclasses.asdict(config), "rows": rows}, indent=1) + "\n")
+    return EXIT_DONE

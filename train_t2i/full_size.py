@@ -1,0 +1,93 @@
+"""SDXL and ViT-H-14 in their published shapes with random weights: to measure time and memory without a download."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    EulerDiscreteScheduler,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from rewards.preprocess import Preprocess
+from rewards.tower import VIT_H_14, Source, empty_model
+from train_t2i.families.sdxl import SDXL
+
+UNET = {
+    "sample_size": 128, "in_channels": 4, "out_channels": 4, "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "layers_per_block": 2, "transformer_layers_per_block": (1, 2, 10), "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048, "use_linear_projection": True, "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
+}  # fmt: skip
+VAE = {
+    "block_out_channels": (128, 256, 512, 512), "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4, "layers_per_block": 2, "scaling_factor": 0.13025,
+}  # fmt: skip
+CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+CLIP_G = {
+    "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20,
+    "hidden_act": "gelu", "projection_dim": 1280,
+}  # fmt: skip
+
+
+def randomised(net: nn.Module, dtype: torch.dtype, seed: int = 0) -> nn.Module:
+    """A module made on the meta device -> small random weights in ``dtype``; norms start at one."""
+    generator = torch.Generator().manual_seed(seed)
+    net = net.to(dtype).to_empty(device="cpu")
+    for name, parameter in net.named_parameters():
+        if parameter.ndim < 2:
+            nn.init.constant_(parameter, 1.0 if name.endswith("weight") else 0.0)
+        else:
+            nn.init.normal_(parameter, std=0.02, generator=generator)
+    return net
+
+
+def tokenizer() -> CLIPTokenizer:
+    """CLIP's class over single characters: any text, ids in range."""
+    letters = [chr(i) for i in range(33, 127)]
+    words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=77)
+
+
+def text_encoder(kind: Any, shape: dict[str, Any], dtype: torch.dtype) -> Any:
+    with torch.device("meta"):
+        made = kind(CLIPTextConfig(vocab_size=49408, bos_token_id=188, eos_token_id=189, pad_token_id=189, **shape))
+    made = randomised(made, dtype)
+    embeddings = made.text_model.embeddings
+    embeddings.position_ids = torch.arange(embeddings.position_ids.shape[-1])[None]  # a buffer that is not saved
+    return made
+
+
+def random_unet(dtype: torch.dtype) -> nn.Module:
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**UNET)
+    return randomised(unet, dtype)
+
+
+def random_sdxl(dtype: torch.dtype, *, checkpoint_decoder: bool = False) -> SDXL:
+    """The family with 2.6 billion random weights in the denoiser, and TAESDXL's decoder."""
+    pipe = StableDiffusionXLPipeline(
+        AutoencoderKL(**VAE), text_encoder(CLIPTextModel, CLIP_L, dtype),
+        text_encoder(CLIPTextModelWithProjection, CLIP_G, dtype), tokenizer(), tokenizer(), unet=None,
+        scheduler=EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
+        add_watermarker=False,
+    )  # fmt: skip
+    return SDXL(pipe, random_unet, tiny=AutoencoderTiny(), checkpoint_decoder=checkpoint_decoder)
+
+
+def random_vit_h_14(folder: Path, dtype: torch.dtype) -> Path:
+    """A weights file as ViT-H-14 rewards are published, with random weights; read like any other."""
+    path = folder / "random_vit_h_14.safetensors"
+    tower = randomised(empty_model(Source(path, VIT_H_14, Preprocess((224, 224), "squash")), dtype), dtype)
+    safetensors.torch.save_file(tower.state_dict(), path)
+    return path
