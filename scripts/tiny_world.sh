@@ -9,6 +9,7 @@ export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false # everything is in the chec
 LAUNCHERS="$SETUP_ROOT/scripts/single_node"
 CHECKPOINTS="$SETUP_ROOT/checkpoints"
 EVALUATION_PROMPTS="${EVALUATION_PROMPTS:-500}"
+TABLE="${TABLE:-$WORK/table.json}"
 mkdir -p -- "$WORK"
 
 stage() { # NAME COMMAND...: runs once; a finished stage is skipped, an interrupted one goes on
@@ -44,10 +45,10 @@ train() { # LAUNCHER EXP_NAME FLAGS...: a training stage, from its newest checkp
     SAMPLE_PROMPTS="$WORK/eval_prompts.txt" bash "$LAUNCHERS/$launcher.sh" --auto-resume "$@"
 }
 
-evaluate() { # NAME FLAGS...: one row of table.json
+evaluate() { # NAME FLAGS...: one row of $TABLE
   local name="$1"
   shift
-  "$PYTHON" -m train_t2i evaluate "$@" --name "$name" --out "$WORK/table.json" --prompts "$WORK/eval_prompts.txt" \
+  "$PYTHON" -m train_t2i evaluate "$@" --name "$name" --out "$TABLE" --prompts "$WORK/eval_prompts.txt" \
     --count "$EVALUATION_PROMPTS" --batch-size 50 --scorer shapes.oracle:adherence \
     --clip-reward-model "$CHECKPOINTS/tiny-clip" --hpsv2-reward-model "$CHECKPOINTS/tiny-hps" \
     --held-out-model "$CHECKPOINTS/tiny-clip-heldout" --reference "$WORK/reference/metadata.csv" --save-images "$WORK/grids"
