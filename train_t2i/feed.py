@@ -134,7 +134,8 @@ class _Ordered(Dataset[Item]):
     def __getitem__(self, sample_index: int) -> Item:
         """A UserError is handed on as a value: a reading process would wrap it in its traceback."""
         try:
-            return {"index": sample_index, **self.dataset[self.order.index_at(sample_index)]}
+            row = self.order.index_at(sample_index)
+            return {"index": sample_index, "row": row, **self.dataset[row]}
         except UserError as error:
             return {"index": sample_index, "error": (error.message, error.hint, error.exit_code)}
 
@@ -156,6 +157,7 @@ def _to_batch(items: list[Item]) -> Batch | UserError:
     return Batch(
         indices=[item["index"] for item in items],
         prompts=[item["prompt"] for item in items],
+        rows=[item["row"] for item in items],
         images=stacked("images"),
         noise=stacked("noise"),
         latents=stacked("latents"),

@@ -38,6 +38,7 @@ class Batch:
 
     indices: Sequence[int]
     prompts: list[str]
+    rows: Sequence[int] = ()  # of the data: the same row comes again in every epoch
     images: Tensor | None = None  # (B, 3, H, W)
     noise: Tensor | None = None  # (B, C, H, W) the noise that a stored latent was made from
     latents: Tensor | None = None  # (B, C, H, W) the teacher's result

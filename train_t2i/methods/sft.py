@@ -37,17 +37,29 @@ class SFT:
 
     def __init__(self, config: SFTConfig, setting: Setting, num_steps: int = 25, cfg: float = 7.0) -> None:
         self.config, self.setting, self.num_steps, self.cfg = config, setting, num_steps, cfg
+        self._cached: dict[int, Tensor] = {}
         self.columns: dict[Role, tuple[str, ...]] = {"generator": ("loss",)}
 
     def roles_at(self, clock: Clock) -> tuple[Role, ...]:
         return ("generator",)
 
     def rollout(self, batch: Batch, clock: Clock) -> Rollout:
-        assert batch.images is not None
         family, draw = self.setting.family, self.setting.draw(clock, batch.indices)
         dropped = draw.uniform("caption_dropout") < self.config.caption_dropout
         cond = drop_captions(family.encode(batch.prompts, ""), dropped)
-        return Rollout(cond, draw, family.to_latents(batch.images.to(self.setting.device)))
+        return Rollout(cond, draw, self._latents(batch))
+
+    def _latents(self, batch: Batch) -> Tensor:
+        """(B, C, H, W).  For the cache rows are encoded one by one: a latent must not depend on its batch, or a resumed
+        run, which fills the cache in other batches, would differ in the last bits."""
+        assert batch.images is not None
+        encode, images = self.setting.family.to_latents, batch.images.to(self.setting.device)
+        if not self.config.cache_latents:
+            return encode(images)
+        for row, image in zip(batch.rows, images, strict=True):
+            if row not in self._cached:
+                self._cached[row] = encode(image[None])[0]
+        return torch.stack([self._cached[row] for row in batch.rows])
 
     def losses(self, role: Role, rollout: Rollout, clock: Clock) -> Iterator[tuple[Tensor, Metrics]]:
         path, x0 = self.setting.family.path, rollout.latents
