@@ -29,8 +29,8 @@ class DenoiserRecipe:
     channels: tuple[int, ...] = (64, 96)
     heads: tuple[int, ...] = (2, 3)
     layers_per_block: int = 1
-    pictures: int = 16384
-    steps: int = 8000
+    pictures: int = 8192
+    steps: int = 5000
     batch_size: int = 32
     learning_rate: float = 1.5e-3
     warmup: int = 200
@@ -149,6 +149,9 @@ def train_denoiser(folder: Path, work: Path, recipe: DenoiserRecipe) -> None:
         "lr-scheduler": "cosine",
         "lr-warmup-steps": recipe.warmup,
         "caption-dropout": recipe.caption_dropout,
+        "cache-latents": "on",
+        "mixed-precision": "no",
+        "sample-steps": 0,
         "resolution": 64,
         "seed": recipe.seed,
         "output-dir": work,
@@ -161,8 +164,8 @@ def train_denoiser(folder: Path, work: Path, recipe: DenoiserRecipe) -> None:
 
 
 def install_unet(trained: Path, folder: Path) -> None:
-    """Replace the UNet of a pipeline folder by the weights found under `trained` (any one safetensors file)."""
-    weights = sorted(trained.rglob("*.safetensors"), key=lambda path: path.stat().st_size)[-1]
+    """Replace the UNet of a pipeline folder by the generator of the checkpoint `trained`."""
+    weights = trained / "model.safetensors"
     unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder / "unet"))
     unet.load_state_dict(load_file(weights))
     fresh = folder / "unet.partial"

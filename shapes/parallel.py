@@ -14,6 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from shapes.muon import Muon
 from shapes.world import cosine, set_lr
 
 Part = TypeVar("Part")
@@ -46,10 +47,8 @@ def fit(
     learning_rate: float,
     weight_decay: float = 1e-4,
 ) -> None:
-    """Minimise `loss` over the parts of each step with AdamW and a cosine; prints progress."""
-    optimizer = torch.optim.AdamW(
-        parameters, lr=learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True
-    )
+    """Minimise `loss` over the parts of each step with Muon and a cosine; prints progress."""
+    optimizer = Muon(parameters, learning_rate, weight_decay=weight_decay)
     torch.set_num_threads(1)
     start = time.monotonic()
     mean = 0.0

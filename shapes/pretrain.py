@@ -137,7 +137,7 @@ AUTOENCODER = ae.AutoencoderRecipe()
 TINY_DECODER = ae.TinyDecoderRecipe()
 TEXT = TextRecipe()
 CLIP = towers.TowerRecipe()
-HPS = towers.TowerRecipe(seed=32, steps=900, learning_rate=5e-4)
+HPS = towers.TowerRecipe(seed=32, steps=500, learning_rate=5e-4)
 HELD_OUT = towers.TowerRecipe(seed=33, vision=(4, 48, 24), text=(3, 32, 4), adversarial_every=4)
 DENOISER = dn.DenoiserRecipe()
 

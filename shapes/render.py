@@ -16,12 +16,15 @@ from shapes.scenes import Scene
 Array = NDArray[np.float32]
 
 SIDE_PX = 64
-RADIUS_PX = {"small": 8.0, "large": 11.5}  # a small object covers four latent cells: less, and the autoencoder cannot draw it
+RADIUS_PX = {
+    "small": 8.0,
+    "large": 11.5,
+}  # a small object covers four latent cells: less, and the autoencoder cannot draw it
 RADIUS_JITTER = 0.04
 COLOUR_JITTER = 0.03
-SINGLE_JITTER_PX = 2.5
-ALONG_JITTER_PX = 1.5  # two objects, along the axis of their relation: keeps a gap of 3 px between the largest
-ACROSS_JITTER_PX = 5.0
+SINGLE_JITTER_PX = 2.0
+ALONG_JITTER_PX = 1.0  # two objects, along the axis of their relation: keeps a gap of 2 px between the largest
+ACROSS_JITTER_PX = 4.0
 
 COLOUR_RGB = {
     "red": (0.86, 0.16, 0.16),
@@ -38,11 +41,11 @@ BACKGROUND_RGB = {
     "brown": (0.38, 0.27, 0.20),
 }
 CENTRES_PX = {
-    "left": (17.0, 32.0),
-    "right": (47.0, 32.0),
+    "left": (17.5, 32.0),
+    "right": (46.5, 32.0),
     "centre": (32.0, 32.0),
-    "top": (32.0, 17.0),
-    "bottom": (32.0, 47.0),
+    "top": (32.0, 17.5),
+    "bottom": (32.0, 46.5),
 }
 
 _SQUARE_HALF = 0.9

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from shapes.muon import mark_tables
 from shapes.parallel import WORKERS, fit
 from shapes.scenes import BACKGROUNDS, COLOURS, POSITIONS, RELATIONS, SHAPES, SIZES, Scene, samples
 from shapes.tokenizer import new_tokenizer
@@ -31,8 +32,8 @@ class TextRecipe:
     seed: int = 21
     widths: tuple[int, int] = (64, 96)
     layers: int = 3
-    steps: int = 1600
-    batch_size: int = 96
+    steps: int = 700
+    batch_size: int = 64
     learning_rate: float = 2e-3
     long_every: int = 6  # every so many steps all 77 positions are trained
 
@@ -177,6 +178,8 @@ def train_text_encoders(
     torch.manual_seed(recipe.seed)
     tokenizer = new_tokenizer(MAX_LENGTH)
     tower = new_tower(recipe, tokenizer)
+    for module in (*tower.encoders, tower.picture):
+        mark_tables(module)
     all_ids = tokenizer(world.captions, padding="max_length", max_length=MAX_LENGTH, return_tensors="pt").input_ids
     labels = torch.tensor([attributes(scene) for scene in world.scenes])
     pad2 = tokenizer.convert_tokens_to_ids("!")

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from shapes import degrade
+from shapes.muon import mark_tables
 from shapes.parallel import WORKERS, fit
 from shapes.text_encoders import Heads
 from shapes.tokenizer import new_tokenizer, world_words
@@ -38,7 +39,7 @@ class TowerRecipe:
     embed_dim: int = 64
     vision: tuple[int, int, int] = (3, 64, 32)  # layers, width, head width
     text: tuple[int, int, int] = (4, 32, 2)  # layers, width, heads
-    steps: int = 1800
+    steps: int = 1200
     batch_size: int = 48
     wrong_captions: int = 2
     learning_rate: float = 2e-3
@@ -166,7 +167,9 @@ def part_maker(world: World, captions: Captions, recipe: TowerRecipe) -> Callabl
 
 def new_trainee(recipe: TowerRecipe) -> Trainee:
     """An untrained tower over the cut vocabulary."""
-    return Trainee(model_config(recipe, len(new_tokenizer(CONTEXT))), recipe.embed_dim)
+    model = Trainee(model_config(recipe, len(new_tokenizer(CONTEXT))), recipe.embed_dim)
+    mark_tables(model)
+    return model
 
 
 def train_clip(world: World, extra: Tensor, recipe: TowerRecipe, name: str) -> Trainee:
@@ -192,6 +195,7 @@ def train_hps(start: Trainee, world: World, extra: Tensor, recipe: TowerRecipe, 
     Scores are compared at temperature 1/20, so that a preference is worth 0.1 to 0.2 of cosine and no more.
     """
     model = copy.deepcopy(start).train()
+    mark_tables(model)
     captions = Captions(world)
 
     def prefer(better: Tensor, worse: Tensor) -> Tensor:
