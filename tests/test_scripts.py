@@ -1,0 +1,84 @@
+"""Launchers: every one parses in both columns, from any directory, and is overridden by environment and arguments."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from train_t2i import cli
+
+ROOT = Path(__file__).resolve().parent.parent
+LAUNCHERS = sorted((ROOT / "scripts" / "single_node").glob("*.sh"))
+
+
+def arguments_of(command: list[str], cwd: Path, **environment: str) -> list[str]:
+    """What a launcher would start the trainer with: PYTHON is replaced by a program that prints its arguments."""
+    echo = cwd / "echo_arguments"
+    echo.write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$@"\n')
+    echo.chmod(0o755)
+    setup = cwd / "setup_stub.sh"
+    setup.write_text(f'SETUP_ROOT="{ROOT}"\nsetup_fail() {{ return 2; }}\nPYTHON="{echo}"\n')
+    script = f'source() {{ case "$1" in */setup.sh) builtin source "{setup}";; *) builtin source "$@";; esac; }}; '
+    script += "export -f source; exec bash " + " ".join(command)
+    clean = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LANG")} | {"NUM_PROCESSES": "1"}
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=cwd, env=clean | environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[:3] == ["-m", "train_t2i", "train"], done.stdout
+    return lines[3:]
+
+
+@pytest.mark.parametrize("tiny", ["0", "1"])
+@pytest.mark.parametrize("launcher", LAUNCHERS, ids=lambda path: path.stem)
+def test_every_launcher_is_a_valid_run(launcher: Path, tiny: str, tmp_path: Path) -> None:
+    settings = cli.parse(arguments_of([str(launcher)], tmp_path, TINY=tiny))
+    assert settings.run.exp_name == launcher.stem
+    assert settings.run.resolution == ("64" if tiny == "1" else "1024")
+
+
+def test_published_one_step_recipe(tmp_path: Path) -> None:
+    """The figures of DMDR's released SDXL scripts."""
+    folder = ROOT / "scripts" / "single_node"
+    cold = cli.parse(arguments_of([str(folder / "cold_start_sdxl.sh")], tmp_path))
+    refl = cli.parse(arguments_of([str(folder / "dmdr_sdxl_refl.sh")], tmp_path))
+    assert (cold.run.batch_size, cold.run.learning_rate_gen, cold.method.learning_rate_gui) == (8, 1e-7, 1e-7)
+    assert (refl.run.batch_size, refl.run.learning_rate_gen, refl.method.learning_rate_gui) == (4, 5e-8, 5e-8)
+    assert (cold.method.cfg_r, cold.method.ratio_update, cold.method.lora_scale_f) == (7, 5, 2)
+    assert (refl.method.reward_clip_weight, refl.method.reward_hps_weight, refl.method.reward_margin) == (0.3, 0.3, 0.7)
+    assert refl.method.magic_prompt == "Realistic photo"
+    assert cold.run.sample_num_steps == refl.run.sample_num_steps == 1
+
+
+def test_environment_then_arguments_override(tmp_path: Path) -> None:
+    launcher = str(ROOT / "scripts" / "single_node" / "cold_start_sdxl.sh")
+    given = arguments_of([launcher, "--batch-size", "3"], tmp_path, BATCH_SIZE="2", LORA_RANK="4")
+    settings = cli.parse(given)
+    assert (settings.run.batch_size, settings.run.lora_rank) == (3, 4)
+    assert cli.parse(arguments_of([launcher], tmp_path, BATCH_SIZE="2")).run.batch_size == 2
+
+
+@pytest.mark.parametrize("line", ["scripts/single_node/cold_start_sdxl.sh", "scripts/single_node/dmdr_sdxl_refl.sh"])
+def test_the_lines_users_know_work_from_their_folder(line: str) -> None:
+    """``cd train_t2i/sdxl`` and ``bash scripts/single_node/NAME.sh``, through the real set-up and the real program."""
+    done = subprocess.run(
+        ["bash", line, "--dry-run"], cwd=ROOT / "train_t2i" / "sdxl", capture_output=True, text=True, check=False,
+        env=os.environ | {"NUM_PROCESSES": "1", "VIRTUAL_ENV": str(Path(sys.prefix))},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert yaml.safe_load(done.stdout)["exp_name"] == Path(line).stem
+
+
+def test_a_wrong_tiny_is_refused(tmp_path: Path) -> None:
+    launcher = ROOT / "scripts" / "single_node" / "cold_start_sdxl.sh"
+    done = subprocess.run(
+        ["bash", launcher], env=os.environ | {"TINY": "yes"}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "TINY=yes" in done.stderr
