@@ -98,7 +98,7 @@ class Recorder:
                 "tokens": named["encoder_hidden_states"],
                 "pooled": told["text_embeds"],
                 "time_ids": told["time_ids"],
-            }  # fmt: skip
+            }
         )
 
     def __enter__(self) -> list[dict[str, Tensor]]:
