@@ -40,7 +40,7 @@ CLIP_G = {
 }  # fmt: skip
 
 
-def randomised(net: nn.Module, dtype: torch.dtype, seed: int = 0) -> nn.Module:
+def randomised(net: nn.Module, dtype: torch.dtype, seed: int = 0) -> Any:
     """A module made on the meta device -> small random weights in ``dtype``; norms start at one."""
     generator = torch.Generator().manual_seed(seed)
     net = net.to(dtype).to_empty(device="cpu")
