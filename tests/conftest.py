@@ -54,6 +54,14 @@ def sdxl_folder_2(store: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def sdxl_folder_3(store: Path) -> Path:
+    """The first architecture with other weights."""
+    import tiny
+
+    return tiny.save_sdxl(store / "sdxl-3", seed=9)
+
+
+@pytest.fixture(scope="session")
 def tiny_vae_folder(store: Path) -> Path:
     import tiny
 

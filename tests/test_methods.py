@@ -21,6 +21,7 @@ PROMPTS = ["a red circle", "a blue square", "two green stars", "nothing"]
 SHAPE = (4, 4, 4)
 CPU = torch.device("cpu")
 LATER = Clock(tick=9, step=2)
+FADING = {"s_type_gui": "beta", "gui_a": 9.0, "gui_b": 1.5, "dynamic_step": 4}  # half-way there at LATER
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +110,17 @@ def test_the_student_starts_from_pure_noise_at_the_top_and_from_its_own_sample_b
     assert not torch.equal(fresh, draw.normal("simulation/0", SHAPE))
 
 
+def test_the_levels_drawn_fade_too(networks):
+    fading = dmdr(networks, 4, s_type_gen="beta", gen_a=60.0, gen_b=1.0, dynamic_step=4)
+    shares = []
+    for step in (0, 4):
+        clocks = [Clock(tick, step) for tick in range(12)]
+        top = sum(int((fading.rollout(batch(), clock).t == fading.setting.grid[0]).sum()) for clock in clocks)
+        shares.append(top / 48)
+    assert shares[0] > 0.9
+    assert shares[1] < 0.4
+
+
 def test_one_step_is_conditioned_at_399_and_fed_pure_noise(networks, family, monkeypatch):
     algorithm, calls = dmdr(networks), spy(monkeypatch, networks)
     rollout = algorithm.rollout(batch(), LATER)
@@ -127,7 +139,7 @@ def test_one_step_is_conditioned_at_399_and_fed_pure_noise(networks, family, mon
 
 
 def test_the_guidance_network_denoises_the_students_samples(networks, family, monkeypatch):
-    algorithm = dmdr(networks, lora_scale_f=2.0, cfg_f=1.0)
+    algorithm = dmdr(networks, lora_scale_f=2.0, cfg_f=1.0, **FADING)
     rollout = algorithm.rollout(batch(), LATER)
     calls = spy(monkeypatch, networks)
     loss, metrics, gradients = run_update(networks, algorithm, "guidance", [rollout])
@@ -143,7 +155,7 @@ def test_the_guidance_network_denoises_the_students_samples(networks, family, mo
 
 
 def test_the_generator_follows_the_difference_of_two_scores_at_one_fresh_time(networks, family, monkeypatch):
-    algorithm = dmdr(networks, lora_scale_f=2.0)
+    algorithm = dmdr(networks, lora_scale_f=2.0, **FADING)
     rollout = algorithm.rollout(batch(), LATER)
     calls = spy(monkeypatch, networks)
     loss, metrics, gradients = run_update(networks, algorithm, "generator", [rollout])
@@ -434,11 +446,12 @@ def test_students_sample_on_their_own_grid_and_sft_as_a_guided_teacher(networks,
 
 
 def test_a_second_stage_with_another_ratio_keeps_counting(trainer):
-    first = trainer.run("first", "--ratio-update 3 --max-train-steps 2")
-    record = first / "checkpoints" / "torch_units" / "step-2.pt"
-    second = trainer.run("second", f"--ratio-update 2 --max-train-steps 4 --resume-ckpt {record}")
+    """Steps are counted, not read off the tick: the third tick is no multiple of the new ratio."""
+    first = trainer.run("first", "--ratio-update 3 --max-train-steps 1")
+    record = first / "checkpoints" / "torch_units" / "step-1.pt"
+    second = trainer.run("second", f"--ratio-update 2 --max-train-steps 3 --resume-ckpt {record}")
     counted = [(line["tick"], line["step"], line["samples_seen"]) for line in tiny.log_lines(first, "guidance")]
-    assert counted == [(1, 0, 2), (2, 0, 4), (3, 1, 6), (4, 1, 8), (5, 1, 10), (6, 2, 12)]
+    assert counted == [(1, 0, 2), (2, 0, 4), (3, 1, 6)]
     counted = [(line["tick"], line["step"], line["samples_seen"]) for line in tiny.log_lines(second, "guidance")]
-    assert counted == [(7, 2, 14), (8, 3, 16), (9, 3, 18), (10, 4, 20)]
-    assert [line["tick"] for line in tiny.log_lines(second)] == [8, 10]
+    assert counted == [(4, 1, 8), (5, 2, 10), (6, 2, 12), (7, 3, 14)]
+    assert [line["tick"] for line in tiny.log_lines(second)] == [5, 7]
