@@ -43,7 +43,7 @@ class TinyDecoderRecipe:
     seed: int = 12
     channels: int = 12
     decoder_blocks: tuple[int, ...] = (3, 2, 1, 1)
-    steps: int = 1500
+    steps: int = 900
     batch_size: int = 16
     learning_rate: float = 3e-3
 

@@ -241,7 +241,7 @@ def widen_vocabulary(table: Tensor) -> Tensor:
     theirs = SimpleTokenizer()
     wide = torch.zeros(theirs.vocab_size, table.shape[1], dtype=table.dtype)
     for word in [*world_words(), ","]:
-        wide[theirs.encode(word)[0]] = table[ours.encode(word, add_special_tokens=False)[0]]
+        wide[theirs.encode(word)] = table[ours.encode(word, add_special_tokens=False)]  # "cyan" is two pieces
     wide[theirs.sot_token_id], wide[theirs.eot_token_id] = table[ours.bos_token_id], table[ours.eos_token_id]
     return wide
 
