@@ -29,8 +29,8 @@ class DenoiserRecipe:
     channels: tuple[int, ...] = (64, 96)
     heads: tuple[int, ...] = (2, 3)
     layers_per_block: int = 1
-    pictures: int = 8192
-    steps: int = 5000
+    pictures: int = 6144
+    steps: int = 4400
     batch_size: int = 32
     learning_rate: float = 1.5e-3
     warmup: int = 200
@@ -149,7 +149,8 @@ def train_denoiser(folder: Path, work: Path, recipe: DenoiserRecipe) -> None:
         "lr-scheduler": "cosine",
         "lr-warmup-steps": recipe.warmup,
         "caption-dropout": recipe.caption_dropout,
-        "cache-latents": "on",
+        "cache-rows": "on",
+        "num-workers": 1,
         "mixed-precision": "no",
         "sample-steps": 0,
         "resolution": 64,

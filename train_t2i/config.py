@@ -144,7 +144,7 @@ class SFTConfig:
     """Denoising on image-text pairs."""
 
     caption_dropout: float = flag(0.1, "share of rows trained without their caption", low=0, high=1)
-    cache_latents: bool = flag(False, "keep every row's latent in memory after its first use")
+    cache_rows: bool = flag(False, "keep every row's latent and conditioning in memory after its first use")
 
 
 METHOD_CONFIGS: dict[str, type[Any]] = {"dmdr": DMDRConfig, "ode": ODEConfig, "sft": SFTConfig}

@@ -27,6 +27,23 @@ class Cond:
     context: tuple[Tensor, ...] = ()  # source latents of edit models
     shapes: tuple = ()  # and their sizes
 
+    @staticmethod
+    def cat(conds: Sequence[Cond]) -> Cond:
+        """Rows of several conditionings, one after the other."""
+
+        def joined(parts: Sequence[Tensor | None]) -> Tensor | None:
+            given = [part for part in parts if part is not None]
+            return torch.cat(given) if given else None
+
+        negatives = [c.negative for c in conds if c.negative is not None]
+        return Cond(
+            torch.cat([c.tokens for c in conds]),
+            joined([c.pooled for c in conds]),
+            joined([c.mask for c in conds]),
+            Cond.cat(negatives) if negatives else None,
+            joined([c.guidance for c in conds]),
+        )
+
     def with_negative(self) -> Cond:
         """(2B): the negative rows, then the positive ones, for guidance in one network call."""
         if self.negative is None:

@@ -6,7 +6,7 @@ Shapes: B rows; C H W latent; t (B,) fp32 in [0, 1].
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -37,29 +37,33 @@ class SFT:
 
     def __init__(self, config: SFTConfig, setting: Setting, num_steps: int = 25, cfg: float = 7.0) -> None:
         self.config, self.setting, self.num_steps, self.cfg = config, setting, num_steps, cfg
-        self._cached: dict[int, Tensor] = {}
+        self._cached: dict[int, tuple[Cond, Tensor]] = {}
         self.columns: dict[Role, tuple[str, ...]] = {"generator": ("loss",)}
 
     def roles_at(self, clock: Clock) -> tuple[Role, ...]:
         return ("generator",)
 
     def rollout(self, batch: Batch, clock: Clock) -> Rollout:
-        family, draw = self.setting.family, self.setting.draw(clock, batch.indices)
+        draw = self.setting.draw(clock, batch.indices)
+        cond, latents = self._from_cache(batch) if self.config.cache_rows else self._encode(batch)
         dropped = draw.uniform("caption_dropout") < self.config.caption_dropout
-        cond = drop_captions(family.encode(batch.prompts, ""), dropped)
-        return Rollout(cond, draw, self._latents(batch))
+        return Rollout(drop_captions(cond, dropped), draw, latents)
 
-    def _latents(self, batch: Batch) -> Tensor:
-        """(B, C, H, W).  For the cache rows are encoded one by one: a latent must not depend on its batch, or a resumed
-        run, which fills the cache in other batches, would differ in the last bits."""
+    def _encode(self, batch: Batch) -> tuple[Cond, Tensor]:
         assert batch.images is not None
-        encode, images = self.setting.family.to_latents, batch.images.to(self.setting.device)
-        if not self.config.cache_latents:
-            return encode(images)
-        for row, image in zip(batch.rows, images, strict=True):
+        family = self.setting.family
+        return family.encode(batch.prompts, ""), family.to_latents(batch.images.to(self.setting.device))
+
+    def _from_cache(self, batch: Batch) -> tuple[Cond, Tensor]:
+        """Rows are encoded one by one: what is kept must not depend on the batch it came in, or a resumed run, which
+        fills the cache in other batches, would differ in the last bits."""
+        assert batch.images is not None
+        for i, row in enumerate(batch.rows):
             if row not in self._cached:
-                self._cached[row] = encode(image[None])[0]
-        return torch.stack([self._cached[row] for row in batch.rows])
+                alone = replace(batch, prompts=batch.prompts[i : i + 1], images=batch.images[i : i + 1])
+                self._cached[row] = self._encode(alone)
+        conds, latents = zip(*(self._cached[row] for row in batch.rows), strict=True)
+        return Cond.cat(conds), torch.cat(latents)
 
     def losses(self, role: Role, rollout: Rollout, clock: Clock) -> Iterator[tuple[Tensor, Metrics]]:
         path, x0 = self.setting.family.path, rollout.latents
