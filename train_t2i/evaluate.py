@@ -202,6 +202,7 @@ def row_of(model: ImageModel, name: str, made: Made, scorers: Scorers, config: E
     return row | {
         "count": made.count,
         "seed": config.seed,
+        "p99": {key: float(scores.double().quantile(0.99)) for key, scores in values.items()},
         "ci": {key: list(metrics.bootstrap_ci(scores, seed=config.seed)) for key, scores in values.items()},
         "step": model.step,
         "run": model.run,
@@ -251,4 +252,8 @@ def main(arguments: Sequence[str]) -> int:
     scorers = Scorers(config)
     rows = [evaluate_model(load, prompts, scorers, config) for load in loaders]
     print(format_table(rows))
+    for row in rows:  # where --reward-margin should lie above
+        told = ", ".join(f"{key} {value:.4g}" for key, value in row["p99"].items() if key in ("clip", "hps"))
+        if told:
+            print(f"99th percentiles of {row['model']}: {told}")
     return EXIT_DONE
