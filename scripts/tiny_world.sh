@@ -28,8 +28,8 @@ stage() { # NAME COMMAND...: runs once; a finished stage is skipped, an interrup
 
 scenes() { # the data of the world: prompts to train on, held-out prompts and rendered scenes to judge by
   "$PYTHON" -m shapes.scenes prompts --split train --count 8000 --seed 1 --out "$WORK/prompts.txt"
-  "$PYTHON" -m shapes.scenes prompts --split eval --count "$EVALUATION_PROMPTS" --seed 2 --out "$WORK/eval_prompts.txt"
-  "$PYTHON" -m shapes.scenes render --split eval --count 2000 --seed 3 --out "$WORK/reference"
+  "$PYTHON" -m shapes.scenes prompts --split heldout --count "$EVALUATION_PROMPTS" --seed 7 --out "$WORK/eval_prompts.txt"
+  "$PYTHON" -m shapes.scenes render --split heldout --count 2000 --seed 8 --out "$WORK/reference"
 }
 
 pairs() { # COUNT: (noise, prompt, teacher latent)
