@@ -42,7 +42,7 @@ ROOMS = {
         "families",
         "rewards",
         "randomness",
-        *("build", "feed", "sheet"),  # its own parts, which other verbs share
+        *("build", "feed", "sheet", "run", "resume"),  # its own parts, which other verbs share
     },
     "rewards": set(),
     "shapes": set(),

@@ -1,0 +1,150 @@
+"""What a run's checkpoint holds, and going on from one: the same run bit for bit, or a new stage from another run's."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from train_t2i import __version__, build
+from train_t2i.checkpoint import Part, RunFolder, load_optimizer, optimizer_part, run_of
+from train_t2i.config import Config, Settings, fields_of, resolved_layout
+from train_t2i.errors import UserError
+from train_t2i.methods import METHODS
+from train_t2i.methods.base import Clock
+from train_t2i.networks import Role, export_adapter
+from train_t2i.run import Run, State
+
+STAGE_FIELDS = ("model_family", "use_lora_gen", "lora_rank", "layout", "sample_num_steps", "shift")
+INIT_FIELDS = ("generator_init", "xl_ode_pretrain_path")  # frozen under a LoRA, so not in its checkpoints
+EXPORTS: dict[Role, str] = {"generator": "lora_gen", "guidance": "lora_gui"}
+
+
+def save(run: Run) -> None:
+    """Write the checkpoint of this step on the main process and prune old ones."""
+    engine, step = run.engine, run.state.clock.step
+    if engine.is_main:
+        run.folder.save(step, checkpoint_parts(run), checkpoint_record(run))
+        run.folder.prune(run.settings.run.checkpoints_total_limit or None)
+    engine.barrier()
+    run.saved_at = time.monotonic()
+
+
+def checkpoint_parts(run: Run) -> dict[str, Part]:
+    parts = {}
+    specs = build.adapter_specs(run.settings.run)
+    for role in run.method.trains:
+        named = run.networks.named_parameters(role)
+        tensors, values = optimizer_part(run.engine.optimizers[role], named)
+        model = {key: p.detach() for key, p in named.items()}
+        scaler = run.engine.scaler_state(role)
+        parts[build.ROLE_FOLDERS[role]] = Part(
+            {"model": model, "optimizer": tensors}, {"optimizer": values, "scaler": scaler}
+        )
+        if run.networks.routes[role][1] is not None:
+            weights, config = export_adapter(run.networks, role, specs[role])
+            parts[EXPORTS[role]] = Part({"adapter_model": weights}, {"adapter_config": config})
+    return parts
+
+
+def checkpoint_record(run: Run) -> dict[str, Any]:
+    state = run.state
+    return {
+        "tick": state.clock.tick,
+        "samples_seen": state.samples_seen,
+        "first_step": state.first_step,
+        "skipped_by_role": state.skipped_in_a_row,
+        "world_size": run.engine.world,
+        "settings": run.settings.as_dict(),
+        "grid": run.networks.family.path.grid(run.settings.run.sample_num_steps).tolist(),
+        "code_version": __version__,
+    }
+
+
+def find_checkpoint(cfg: Config, folder: RunFolder) -> Path | None:
+    """The record to go on from.  With ``--auto-resume`` the run's own newest wins over another run's path."""
+    own = folder.latest() if cfg.auto_resume or cfg.resume_ckpt == "latest" else None
+    if own is not None:
+        return own
+    if cfg.resume_ckpt == "latest" and not cfg.auto_resume:
+        raise UserError(f"--resume-ckpt latest: no complete checkpoint in {folder.root}", "leave it out to start anew")
+    if cfg.resume_ckpt in (None, "latest"):
+        return None
+    path = Path(str(cfg.resume_ckpt))
+    if not path.is_file():
+        raise UserError(
+            f"--resume-ckpt {path}: no such file", "give a run's checkpoints/torch_units/step-N.pt, or latest"
+        )
+    return path
+
+
+def check_resumable(settings: Settings, path: Path, folder: RunFolder, world: int) -> tuple[dict[str, Any], list[str]]:
+    """(record, lines about settings that differ).  Raises UserError where they must not; reads no weights."""
+    _, record = run_of(path).load(path, [])
+    now, then = settings.as_dict(), dict(record["settings"])
+    then["layout"] = resolved_layout(Settings.from_dict(then).run)
+    then["model_family"] = now["model_family"] if then["model_family"] == "auto" else then["model_family"]
+    fields = fields_of(settings.run.method)
+    changed = [name for name in fields if name in then and then[name] != now[name]]
+    told = {name: f"{name}: checkpoint={then[name]!r} now={now[name]!r}" for name in changed}
+    if owns(folder, path):
+        fatal = [name for name in changed if fields[name].metadata["resume"] == "fatal"]
+        if settings.run.lr_scheduler == "cosine" and "max_train_steps" in changed:
+            fatal.append("max_train_steps")  # the rates depend on it
+        fix = "set them back, or start a new --exp-name from this checkpoint"
+        told = {name: line for name, line in told.items() if fields[name].metadata["resume"] != "free" or name in fatal}
+        if record["world_size"] != world:
+            raise UserError(
+                f"--resume-ckpt {path}: made by {record['world_size']} processes, this launch has {world}",
+                "launch as many, or start a new --exp-name from this checkpoint",
+            )
+    else:
+        fatal = [name for name in changed if name in (*STAGE_FIELDS, *_frozen_fields(settings.run))]
+        fix = "these must match"
+    if fatal:
+        raise UserError(f"--resume-ckpt {path}: settings differ: {'; '.join(told[name] for name in fatal)}", fix)
+    if missing := [role for role in METHODS[settings.run.method].trains if not _has_part(record, role)]:
+        raise UserError(
+            f"--resume-ckpt {path}: made by --method {then['method']}, it has no {missing[0]} network to go on with",
+            "start the generator from it instead: --xl-ode-pretrain-path (one step) or --generator-init",
+        )
+    return record, list(told.values())
+
+
+def owns(folder: RunFolder, path: Path) -> bool:
+    """Whether a checkpoint is this run's own: then the run is continued, else a stage starts from it."""
+    return run_of(path).root.resolve() == folder.root.resolve()
+
+
+def _frozen_fields(run: Config) -> tuple[str, ...]:
+    return INIT_FIELDS if run.layout == "paired_lora" else ()
+
+
+def _has_part(record: dict[str, Any], role: Role) -> bool:
+    return any(name.startswith(f"{build.ROLE_FOLDERS[role]}/") for name in record["manifest"])
+
+
+def restore(run: Run, path: Path) -> None:
+    """Weights, optimizers and counters from a checkpoint.  Learning rates come from the settings."""
+    continues = owns(run.folder, path)
+    parts, record = run_of(path).load(path, [build.ROLE_FOLDERS[role] for role in run.method.trains])
+    for role in run.method.trains:
+        part, named = parts[build.ROLE_FOLDERS[role]], run.networks.named_parameters(role)
+        load_parameters(named, part.tensors["model"], path)
+        load_optimizer(run.engine.optimizers[role], named, part.tensors["optimizer"], part.values["optimizer"])
+        run.engine.load_scaler_state(role, part.values["scaler"])
+    skipped = dict(record["skipped_by_role"]) if continues else {}
+    first_step = record["first_step"] if continues else record["step"]
+    run.state = State(Clock(record["tick"], record["step"]), record["samples_seen"], first_step, skipped)
+
+
+def load_parameters(named: dict[str, torch.nn.Parameter], saved: Any, path: Path) -> None:
+    if named.keys() != saved.keys() or any(named[key].shape != saved[key].shape for key in named):
+        raise UserError(
+            f"--resume-ckpt {path}: its weights are of another model or rank", "use the same model and ranks"
+        )
+    with torch.no_grad():
+        for key, parameter in named.items():
+            parameter.copy_(saved[key])

@@ -1,0 +1,71 @@
+"""What a run is made of: everything that the loop touches, its counters, and the request to stop."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from dataclasses import dataclass, field
+from types import FrameType
+
+from train_t2i.checkpoint import RunFolder
+from train_t2i.config import Settings
+from train_t2i.engine import Engine
+from train_t2i.feed import Feed
+from train_t2i.log import RunLog
+from train_t2i.methods import Method
+from train_t2i.methods.base import Clock
+from train_t2i.networks import Networks
+from train_t2i.sheet import SampleSheet
+
+
+@dataclass
+class State:
+    """The counters of a run; with the settings they determine everything that comes next."""
+
+    clock: Clock = field(default_factory=Clock)
+    samples_seen: int = 0
+    first_step: int = 0  # of this stage: the rates are a function of the steps since
+    skipped_in_a_row: dict[str, int] = field(default_factory=dict)  # a role
+
+    def advance(self, stepped: bool, samples: int) -> None:
+        old = self.clock
+        self.clock = Clock(old.tick + 1, old.step + stepped, 0 if stepped else old.tick_in_step + 1)
+        self.samples_seen += samples
+
+
+class StopRequest:
+    """SIGTERM and Ctrl-C ask for a stop at the next step boundary; a second one leaves at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __enter__(self) -> StopRequest:
+        self._before = {n: signal.signal(n, self._on_signal) for n in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            os._exit(128 + number)
+        self.asked = True
+
+
+@dataclass
+class Run:
+    """Everything the loop touches."""
+
+    settings: Settings
+    folder: RunFolder
+    engine: Engine
+    networks: Networks
+    method: Method
+    feed: Feed
+    log: RunLog
+    sheet: SampleSheet
+    state: State
+    stop: StopRequest
+    saved_at: float = field(default_factory=time.monotonic)
