@@ -28,7 +28,7 @@ setting hpsv2-reward-model    "$CHECKPOINTS/HPS_v2.1_compressed.pt"            "
 setting reward-clip-weight    0.3
 setting reward-hps-weight     0.3
 setting reward-margin         0.7                                              1.0
-setting magic-prompt          "Realistic photo"                                -
+setting magic-prompt          "Realistic photo"                                ""
 setting sample-steps          100                                              40
 setting checkpoint-steps      200                                              40
 setting batch-size-test       2                                                8
