@@ -15,7 +15,7 @@ setting sample-num-steps    4
 setting lora-rank           32                                               16
 setting lora-scale-f        2.0
 setting lora-scale-r        0.5
-setting cfg-r               7                                                4
+setting cfg-r               7                                                3
 setting cfg-f               1
 setting ratio-update        5
 setting dynamic-step        2000                                             100
