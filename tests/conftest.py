@@ -8,11 +8,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the tokenizer's threads do not survive a fork
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import copy
 import shlex
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -103,7 +105,49 @@ def pairs_folder(store: Path, sdxl_folder: Path, prompts_file: Path) -> Path:
     return out
 
 
+_LOADED: dict[tuple, Any] = {}
+
+
+@pytest.fixture
+def models_from_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs get copies of models that were read from disk once: reading is half of a tiny run's time."""
+    import diffusers
+
+    from train_t2i.families import sdxl
+
+    def remembered(name: str) -> Callable[..., Any]:
+        load = getattr(sdxl, name)
+
+        def loader(*arguments: Any) -> Any:
+            key = (name, *arguments)
+            if key not in _LOADED:
+                _LOADED[key] = load(*arguments)
+            kept = _LOADED[key]
+            if not isinstance(kept, diffusers.DiffusionPipeline):
+                return copy.deepcopy(kept)
+            parts = {part: kept.components[part] for part in kept.config if part in kept.components}
+            return type(kept)(**{**parts, "vae": copy.deepcopy(kept.vae)}, add_watermarker=False)
+
+        return loader
+
+    for name in ("_load_pipeline", "_load_unet", "_load_part"):
+        monkeypatch.setattr(sdxl, name, remembered(name))
+
+
 # -- training inside this process ------------------------------------------------------------------------------------
+
+
+def flags_of(root: Path, sdxl: Path, tiny_vae: Path, prompts: Path, images: Path, pairs: Path) -> dict[str, str]:
+    """The flags of a tiny run: of all methods, and of each."""
+    return {
+        "all": f"--pretrained-model {sdxl} --output-dir {root} --resolution 32 --mixed-precision no "
+        "--batch-size 2 --batch-size-test 2 --lora-rank 2 --learning-rate-gen 1e-3 --sample-steps 0 "
+        "--checkpoint-steps 0 --max-train-steps 2 --teacher-num-steps 2 --num-workers 0",
+        "dmdr": f"--method dmdr --data-path-train {prompts} --tiny-vae {tiny_vae} --learning-rate-gui 1e-3 "
+        "--ratio-update 2 --cold-start-iter 1000 --cfg-r 3",
+        "ode": f"--method ode --data-path-train {pairs}",
+        "sft": f"--method sft --data-path-train {images}",
+    }
 
 
 @dataclass
@@ -122,7 +166,6 @@ class Trainer:
     root: Path
     flags: dict[str, str]
     say: Callable[[], tuple[str, str]]
-    methods: dict[str, str] = field(default_factory=dict)
 
     def arguments(self, name: str, more: str = "", method: str = "dmdr") -> list[str]:
         return shlex.split(f"train {self.flags['all']} {self.flags[method]} --exp-name {name} {more}")
@@ -150,19 +193,12 @@ def trainer(
     prompts_file: Path,
     images_table: Path,
     pairs_folder: Path,
+    models_from_memory: None,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> Trainer:
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # a process that ends loses nothing that was written
-    flags = {
-        "all": f"--pretrained-model {sdxl_folder} --output-dir {tmp_path} --resolution 32 --mixed-precision no "
-        "--batch-size 2 --batch-size-test 2 --lora-rank 2 --learning-rate-gen 1e-3 --sample-steps 0 "
-        "--checkpoint-steps 0 --max-train-steps 2 --teacher-num-steps 2 --num-workers 0",
-        "dmdr": f"--method dmdr --data-path-train {prompts_file} --tiny-vae {tiny_vae_folder} --learning-rate-gui 1e-3 "
-        "--ratio-update 2 --cold-start-iter 1000 --cfg-r 3",
-        "ode": f"--method ode --data-path-train {pairs_folder}",
-        "sft": f"--method sft --data-path-train {images_table}",
-    }
+    flags = flags_of(tmp_path, sdxl_folder, tiny_vae_folder, prompts_file, images_table, pairs_folder)
 
     def say() -> tuple[str, str]:
         captured = capsys.readouterr()
