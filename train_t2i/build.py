@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -75,6 +76,7 @@ def assemble(
 
     def initialise(modules: dict[str, nn.Module]) -> None:
         if source is not None:
+            check_initial(run)
             load_generator_weights(modules["gen"], source)
 
     torch.manual_seed(run.seed)  # LoRA factors start the same on every process
@@ -127,6 +129,17 @@ def check_rewards(config: Any) -> list[str]:
         raise UserError(str(error)) from None
 
 
+def check_initial(run: Config) -> None:
+    """What a generator starts from is there, told before anything loads."""
+    given = {"--generator-init": run.generator_init, "--xl-ode-pretrain-path": run.xl_ode_pretrain_path}
+    for name, source in given.items():
+        if source is not None and not Path(source).exists():
+            raise UserError(
+                f"{name} {source}: no such file or folder",
+                "give a LoRA, a UNet folder, a state dict or a run's step-N.pt",
+            )
+
+
 def build_rewards(config: Any, dtype: torch.dtype, device: torch.device, checkpointing: bool) -> tuple[RewardTerm, ...]:
     terms = []
     for name, path in reward_files(config).items():
@@ -146,10 +159,7 @@ def build_rewards(config: Any, dtype: torch.dtype, device: torch.device, checkpo
 
 def load_generator_weights(net: nn.Module, source: str) -> None:
     """Put ``source`` into a generator: a few-step LoRA (fused), a UNet folder, a state dict, or a run's step-N.pt."""
-    path = Path(source)
-    if not path.exists():
-        raise UserError(f"{source}: no such file or folder to initialise the generator from")
-    state = _state_of(path)
+    state = _state_of(Path(source))
     if any(".lora" in key or "lora_" in key for key in state):
         _fuse_lora(net, state, source)
         return
@@ -168,6 +178,8 @@ def _state_of(path: Path) -> dict[str, Tensor]:
         if record["settings"]["use_lora_gen"]:
             raise UserError(f"{path}: its generator is a LoRA", "give its export, or continue it with --resume-ckpt")
         return dict(parts[ROLE_FOLDERS["generator"]].tensors["model"])
+    if (path / "adapter_config.json").is_file():
+        return _peft_adapter(path)
     if path.is_dir():
         folder = path / "unet" if (path / "unet").is_dir() else path
         files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
@@ -175,6 +187,24 @@ def _state_of(path: Path) -> dict[str, Tensor]:
             raise UserError(f"{path}: holds no weights", "give a UNet folder, a state dict or a run's step-N.pt")
         return {key: tensor for file in files for key, tensor in _read(file).items()}
     return _read(path)
+
+
+def _peft_adapter(folder: Path) -> dict[str, Tensor]:
+    """An adapter as peft saves it (a run's ``lora_gen/step-N``) in diffusers' names, its factor folded into B."""
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        factor = config["lora_alpha"] / config["r"]
+        plain = not (config.get("use_rslora") or config.get("use_dora"))
+        plain = plain and not (config.get("rank_pattern") or config.get("alpha_pattern"))
+    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
+        raise UserError(
+            f"{folder}: its adapter_config.json cannot be used ({error})", "save the adapter again"
+        ) from None
+    if not plain:
+        raise UserError(f"{folder}: only plain LoRA of one rank is understood", "merge it into a UNet folder first")
+    state = _read(folder / "adapter_model.safetensors")
+    named = {"unet." + key.removeprefix("base_model.model."): tensor for key, tensor in state.items()}
+    return {key: tensor * factor if ".lora_B." in key else tensor for key, tensor in named.items()}
 
 
 def _read(path: Path) -> dict[str, Tensor]:

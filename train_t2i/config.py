@@ -53,7 +53,7 @@ class Config:
         None, "ODE initialisation of a one-step generator: UNet state dict, UNet folder, or an ode run's step-N.pt"
     )
     resolution: str = flag("1024", "image size in pixels: N or WIDTHxHEIGHT")
-    sample_num_steps: int = flag(1, "network calls of the student", low=1, high=1000)
+    sample_num_steps: int = flag(1, "network calls of the student", low=1, high=500)
     shift: float = flag(1.0, "time shift of the student's grid (more than one step)", above=0)
     use_lora_gen: bool = flag(False, "train the generator as a LoRA of twice --lora-rank instead of all weights")
     lora_rank: int = flag(32, "LoRA rank of the guidance network", low=1)
@@ -98,7 +98,7 @@ class Config:
     auto_resume: bool = flag(False, "go on from this run's newest checkpoint where there is one", resume="free")
     max_skipped: int = flag(20, "stop after so many non-finite updates in a row", resume="free", low=1)
     report_to: str = flag("jsonl", "comma list of jsonl, wandb, tensorboard (jsonl is always on)", resume="free")
-    teacher_num_steps: int = flag(25, "network calls of the teacher's sample images", resume="free", low=1, high=1000)
+    teacher_num_steps: int = flag(25, "network calls of the teacher's sample images", resume="free", low=1, high=500)
     teacher_cfg: float = flag(7.0, "guidance of the teacher's sample images", resume="free", low=1)
     dry_run: bool = flag(False, "print the settings and leave", resume="free")
     config: str | None = flag(None, "YAML file of settings; flags win", resume="free")

@@ -112,6 +112,7 @@ def prepare(settings: Settings, folder: RunFolder, engine: Engine, stop: StopReq
     record, told = check_resumable(settings, resume_from, folder, engine.world) if resume_from else ({"step": 0}, [])
     check_trains(settings, record["step"])
     found = build.check_rewards(settings.method)
+    build.check_initial(cfg)
     data = dataset_for(kind.data, cfg.data_path_train, settings.size_px)
     prompts = sheet_prompts(settings, data)
 
