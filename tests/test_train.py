@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from train_t2i.checkpoint import RunFolder
 from train_t2i.config import Config, DMDRConfig, Settings, fields_of
 from train_t2i.engine import AdamSettings, Engine
 from train_t2i.errors import EXIT_DISK, EXIT_DONE, EXIT_NON_FINITE, EXIT_USER, UserError
+from train_t2i.families import load_family
 from train_t2i.train import learning_rate
 
 RL = "--cold-start-iter 2 --clip-reward-model {clip} --hpsv2-reward-model {hpsv2} --reward-margin 2"
@@ -49,7 +51,7 @@ def equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bo
 CASES = {
     "ode": ("ode", "--sample-num-steps 2"),
     "ode-lora": ("ode", "--use-lora-gen --gradient-accumulation-steps 2"),
-    "sft": ("sft", "--caption-dropout 0.5 --cache-latents --lr-scheduler cosine --lr-warmup-steps 2"),
+    "sft": ("sft", "--caption-dropout 0.5 --cache-rows --lr-scheduler cosine --lr-warmup-steps 2"),
     # cold start to step 2, rewards from then on
     "paired": ("dmdr", RL),
     "shared": ("dmdr", RL + " --use-lora-gen --gradient-accumulation-steps 2 --sample-num-steps 2 --dynamic-step 3"),
@@ -268,6 +270,24 @@ def test_a_generator_starts_from_a_lora(trainer, sdxl_folder, tmp_path):
             up = lora[f"{stem}.lora_B.weight"]
             value = value + (up.flatten(1) @ down.flatten(1)).reshape(value.shape)
         torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-5, msg=key)
+
+
+def test_a_generator_starts_from_the_lora_of_a_run(trainer, sdxl_folder):
+    """The adapter folder that a LoRA run exports is an existing few-step LoRA like any other."""
+    lora = trainer.run("lora", "--use-lora-gen --batch-size 1 --max-train-steps 1 --learning-rate-gen 1e-2")
+    source = lora / "checkpoints" / "lora_gen" / "step-1"
+    run = trainer.run("run", f"--generator-init {source} --learning-rate-gen 0 --batch-size 1 --max-train-steps 1")
+    saved, found = weights(lora, 1), weights(run, 1)
+    base = load_family("auto", str(sdxl_folder)).load(torch.float32).state_dict()
+    moved = 0
+    for key, value in base.items():
+        stem = key.removesuffix(".weight")
+        if (down := saved.get(f"{stem}.lora_A.generator.weight")) is not None:
+            delta = 2 * saved[f"{stem}.lora_B.generator.weight"].flatten(1) @ down.flatten(1)  # alpha 4R, rank 2R
+            moved += int(delta.abs().max() > 1e-4)
+            value = value + delta.reshape(value.shape)
+        torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-5, msg=key)
+    assert moved > 20
 
 
 @pytest.mark.parametrize("kind", ["absent", "another model", "lora of another model"])
@@ -524,10 +544,7 @@ def test_an_error_of_ours_is_not_hidden(trainer, monkeypatch):
 
 
 def test_the_marker_never_tells_of_an_earlier_run(trainer, first, monkeypatch):
-    def killed(*args):
-        raise KeyboardInterrupt  # stands for a kill: nothing after it runs
-
-    monkeypatch.setattr("train_t2i.train.prepare_and_loop", lambda *args: os._exit(9))
+    monkeypatch.setattr("train_t2i.train.prepare_and_loop", lambda *args: os._exit(9))  # killed in the middle
     pid = os.fork()
     if pid == 0:
         trainer.ends("first", "--batch-size 1 --auto-resume")
@@ -553,12 +570,21 @@ def test_rates_are_a_function_of_the_step():
     assert cosine == [1, pytest.approx(0.5), 0, 0]
     both = rates([0, 2, 6, 10], lr_scheduler="cosine", lr_warmup_steps=2, max_train_steps=10)
     assert both == [0.5, 1, pytest.approx(0.5), 0]
+    settings = Settings(Config(learning_rate_gen=1.0, lr_scheduler="cosine", max_train_steps=30), DMDRConfig())
+    assert [learning_rate(settings, "generator", step, 20) for step in (20, 25, 30)] == [1, pytest.approx(0.5), 0]
 
 
 def test_the_rate_of_the_step_is_used_and_logged(trainer):
     run = trainer.run("run", "--lr-warmup-steps 4 --max-train-steps 3 --ratio-update 2")
     assert [line["lr"] for line in tiny.log_lines(run)] == [2.5e-4, 5e-4, 7.5e-4]
     assert [line["lr"] for line in tiny.log_lines(run, "guidance")] == [2.5e-4, 2.5e-4, 5e-4, 5e-4, 7.5e-4, 7.5e-4]
+
+
+def test_a_stage_warms_up_from_its_own_first_step_also_when_it_is_continued(trainer, first):
+    flags = f"--batch-size 1 --lr-warmup-steps 4 --resume-ckpt {record(first, 2)} --auto-resume"
+    stage = trainer.run("stage", f"{flags} --max-train-steps 4")
+    trainer.run("stage", f"{flags} --max-train-steps 5")
+    assert [line["lr"] for line in tiny.log_lines(stage)] == [2.5e-4, 5e-4, 7.5e-4]
 
 
 # -- the engine ------------------------------------------------------------------------------------------------------
@@ -634,14 +660,12 @@ def test_a_launch_that_asks_for_more_is_refused(monkeypatch, name):
         Engine("no", 1.0)
 
 
-def test_eight_bit_adam_names_what_it_needs(trainer):
-    pytest.importorskip  # noqa: B018 - the extra may be installed
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError:
-        ended = trainer.ends("run", "--use-8bit-adam", "ode")
-        assert ended.code == EXIT_USER
-        assert "bitsandbytes" in ended.err
+def test_eight_bit_adam_names_what_it_needs(trainer, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # as if the extra were not installed
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    ended = trainer.ends("run", "--use-8bit-adam", "ode")
+    assert ended.code == EXIT_USER
+    assert "--use-8bit-adam needs bitsandbytes" in ended.err
 
 
 # -- data in other processes -----------------------------------------------------------------------------------------
