@@ -1,0 +1,164 @@
+"""The tiny models: what they are trained with, and that the committed ones are what the manifest says."""
+
+import hashlib
+import json
+import tomllib
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+
+from shapes import autoencoder as ae
+from shapes import degrade, measure, parallel, pretrain, scenes, towers
+from shapes.muon import orthogonal
+from shapes.tokenizer import new_tokenizer
+from shapes.world import generator, load_world
+from shapes.wrong_captions import mutate
+
+CHECKPOINTS = Path(__file__).parent.parent / "checkpoints"
+
+
+@pytest.fixture(scope="module")
+def judged():
+    return load_world("heldout", 5, 64)
+
+
+# ------------------------------------------------------------------ what training uses
+def test_cut_tokenizer_splits_captions_as_clip_does_and_takes_any_text():
+    ours, theirs = new_tokenizer(), open_clip.SimpleTokenizer()
+    for _, text in scenes.samples("eval", 0, 100):
+        assert ours.tokenize(text) == [theirs.decoder[i] for i in theirs.encode(text)]
+    odd = "Zürich 東京 <b> naïve-ness 1234 \U0001f600"
+    ids = ours(odd).input_ids
+    assert ours.decode(ids, skip_special_tokens=True).replace(" ", "") == odd.lower().replace(" ", "")
+    assert max(ids) == ours.eos_token_id == len(ours) - 1  # CLIP pools where the number is highest
+
+
+def test_wrong_captions_are_wrong_in_one_attribute_and_never_about_held_out_pairs():
+    rng = np.random.default_rng(0)
+    for scene, _ in scenes.samples("train", 1, 300):
+        other = mutate(scene, rng)
+        assert other != scene
+        assert not scenes.has_held_out_pair(other)
+        assert scenes.parse(scenes.caption(other)) == other
+
+
+def test_orthogonal_is_the_polar_factor_to_first_order():
+    m = torch.randn(24, 40, generator=torch.Generator().manual_seed(0))
+    u, _, vt = torch.linalg.svd(m, full_matrices=False)
+    ours = orthogonal(m)
+    assert 0.6 < torch.linalg.svdvals(ours).min() <= torch.linalg.svdvals(ours).max() < 1.3
+    assert torch.cosine_similarity(ours.flatten(), (u @ vt).flatten(), 0) > 0.97
+
+
+def test_gradients_of_parts_add_up_to_that_of_the_whole():
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(5, 3)
+    x = torch.randn(8, 5)
+    layer(x).square().mean().backward()
+    expected = [p.grad.clone() for p in layer.parameters()]
+    value = parallel.backward(lambda part: layer(part).square().mean(), x.chunk(2), list(layer.parameters()))
+    assert value == pytest.approx(layer(x).square().mean().item())
+    for p, wanted in zip(layer.parameters(), expected):
+        assert torch.allclose(p.grad, wanted, atol=1e-6)
+
+
+def test_spoiled_pictures_are_pictures_and_repeat(judged):
+    images = judged.images(torch.arange(24))
+    for way in (degrade.light, degrade.wrong, degrade.poor):
+        once, again = (way(images, generator(3, 1)) for _ in range(2))
+        assert torch.equal(once, again)
+        assert once.shape == images.shape
+        assert 0 <= once.min() <= once.max() <= 1
+    wrong = degrade.wrong(images, generator(0, 0))
+    assert ae.retention(wrong, judged.captions[:24]) <= 0.35  # erasing or splicing an empty half changes nothing
+
+
+def test_a_stage_is_skipped_until_its_recipe_or_one_below_changes(tmp_path, monkeypatch, capsys):
+    made = []
+
+    def stage(name, recipe, needs):
+        def make(paths):
+            made.append(name)
+            (paths.out / name).mkdir(exist_ok=True)
+            return {"quality": 1.0}
+
+        return pretrain.Stage(name, recipe, needs, lambda p: p.out / name, make)
+
+    def go(first):
+        stages = (stage("a", first, ()), stage("b", 2, ("a",)))
+        monkeypatch.setattr(pretrain, "STAGES", stages)
+        made.clear()
+        for one in stages:
+            pretrain.run(one, pretrain.Paths(tmp_path, tmp_path), force=False)
+        return list(made)
+
+    assert go(1) == ["a", "b"]
+    assert go(1) == []
+    assert go(7) == ["a", "b"]
+    assert json.loads((tmp_path / "tiny-recipes.json").read_text())["b"]["measured"] == {"quality": 1.0}
+
+
+# ------------------------------------------------------------------ the committed models
+def test_committed_files_have_the_digests_of_the_manifest_and_fit_the_budget():
+    listed = tomllib.loads((CHECKPOINTS / "manifest.toml").read_text())
+    total = 0
+    for name, entry in listed["tiny"].items():
+        for file, digest in entry["sha256"].items():
+            data = (CHECKPOINTS / name / file).read_bytes()
+            total += len(data)
+            assert hashlib.sha256(data).hexdigest() == digest, f"{name}/{file}"
+    assert set(listed["tiny"]) == {"tiny-sdxl", "tiny-taesd", "tiny-clip", "tiny-hps", "tiny-clip-heldout"}
+    assert total <= 20e6
+    assert all("sha256" not in entry for entry in listed["real"].values())
+
+
+def test_autoencoder_and_fast_decoder_keep_what_is_shown(judged):
+    vae = measure.load_vae(CHECKPOINTS / "tiny-sdxl" / "vae")
+    tiny = measure.load_tiny(CHECKPOINTS / "tiny-taesd")
+    latents = ae.encode(vae, judged.images(torch.arange(64)))
+    assert latents.shape == (64, 4, 8, 8)
+    assert 0.9 < latents.std() < 1.1
+    assert ae.retention(ae.decode(vae, latents), judged.captions) >= 0.95
+    assert ae.retention(ae.decode_fast(tiny, latents), judged.captions) >= 0.9
+
+
+def test_teacher_draws_what_it_is_told():
+    from shapes.denoiser import load_pipeline, sample_teacher
+
+    pipeline = load_pipeline(CHECKPOINTS / "tiny-sdxl")
+    prompts = scenes.unique_captions("heldout", 0, 40)
+    quality = tomllib.loads((CHECKPOINTS / "manifest.toml").read_text())["tiny"]["tiny-sdxl"]["measured"]
+    best = max((key for key in quality if key.startswith("denoiser")), key=lambda key: quality[key])
+    images = sample_teacher(pipeline, prompts, cfg=float(best.split()[-1]), steps=25)
+    assert ae.retention(images, prompts) >= 0.8
+
+
+@pytest.mark.parametrize("name", ["tiny-clip", "tiny-hps", "tiny-clip-heldout"])
+def test_towers_load_in_open_clip_and_know_right_from_wrong(name, judged):
+    folder = CHECKPOINTS / name
+    scores = measure.tower(folder, judged)
+    assert scores["prefers the right word"] >= 0.85
+    assert scores["prefers the whole picture"] >= 0.8
+    stock = open_clip.create_model(f"local-dir:{folder}", pretrained=None)
+    stock.load_state_dict(measure.load_tower(folder).state_dict())
+    words = open_clip.get_tokenizer(f"local-dir:{folder}")(["a small red circle on the left on a grey background"])
+    assert stock.encode_text(words).shape == (1, stock.text_projection.shape[1])
+
+
+def test_towers_are_saved_for_the_whole_vocabulary_of_clip():
+    ours, theirs = new_tokenizer(), open_clip.SimpleTokenizer()
+    table = torch.randn(len(ours), 4, generator=torch.Generator().manual_seed(0))
+    wide = towers.widen_vocabulary(table)
+    for _, text in scenes.samples("heldout", 0, 100):
+        assert torch.equal(wide[theirs(text)[0, : len(ours(text).input_ids)]], table[ours(text).input_ids])
+
+
+def test_recipes_differ_where_they_must():
+    assert pretrain.HELD_OUT.seed != pretrain.CLIP.seed
+    assert pretrain.HELD_OUT.vision != pretrain.CLIP.vision
+    changed = replace(pretrain.STAGES[0], recipe=replace(pretrain.AUTOENCODER, seed=99))
+    assert pretrain.digest(changed) != pretrain.digest(pretrain.STAGES[0])
