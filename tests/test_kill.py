@@ -1,0 +1,307 @@
+"""Runs that are killed, stopped by a signal, or meet a full disk: what is left resumes to the same bits.
+
+Children are forked from this process, so that a trial costs no import.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from train_t2i import storage
+from train_t2i.checkpoint import RunFolder
+from train_t2i.errors import EXIT_DISK, EXIT_LOCKED, EXIT_PREEMPTED
+
+STEPS = 4
+FLAGS = f"--batch-size 1 --max-train-steps {STEPS} --checkpoint-steps 1 --auto-resume"
+
+
+@dataclass
+class Child:
+    """A training run in a process of its own."""
+
+    pid: int
+    output: Path
+    code: int | None = None
+
+    def alive(self) -> bool:
+        if self.code is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.code = os.waitstatus_to_exitcode(status) if pid else None
+        return self.code is None
+
+    def send(self, number: int) -> None:
+        if self.alive():
+            os.kill(self.pid, number)
+
+    def ends(self) -> int:
+        if self.code is None:
+            self.code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return self.code
+
+    def said(self) -> str:
+        return self.output.read_text(errors="replace")
+
+
+def start(trainer, name: str, more: str = FLAGS, before: Callable[[], object] = lambda: None, method="dmdr") -> Child:
+    from train_t2i.__main__ import main
+
+    arguments, output = trainer.arguments(name, more, method), trainer.root / f"{name}.out"
+    pid = os.fork()
+    if pid:
+        return Child(pid, output)
+    code = 1
+    try:
+        sys.stdout = sys.stderr = open(output, "a", buffering=1)  # noqa: SIM115 - the process ends with it
+        before()
+        code = main(arguments)
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def until(child: Child, condition: Callable[[], object], limit_s: float = 120) -> None:
+    end = time.monotonic() + limit_s
+    while not condition():
+        assert child.alive(), f"ended with {child.code} too early: {child.said()}"
+        assert time.monotonic() < end, child.said()
+        time.sleep(0.01)
+
+
+def ticks(root: Path) -> int:
+    file = root / "loss_logs" / "loss_gui_log.jsonl"
+    return file.read_text().count("\n") if file.exists() else 0
+
+
+def assert_is(whole: Path, run: Path, step: int = STEPS) -> None:
+    """Bitwise the uninterrupted result, and nothing half-written beside it."""
+    tiny.assert_same_checkpoint(whole, run, step)
+    tiny.assert_same_logs(whole, run)
+    assert RunFolder(run).steps() == RunFolder(whole).steps()
+    assert all(RunFolder(run).damage(RunFolder(run).record(step)) is None for step in RunFolder(run).steps())
+    assert not list((run / "checkpoints").glob("*/.tmp-*"))
+    assert (run / ".exit_code").read_text() == "0\n"
+
+
+@pytest.fixture
+def whole(trainer) -> Path:
+    return trainer.run("whole", FLAGS)
+
+
+# -- kill -9 ---------------------------------------------------------------------------------------------------------
+
+
+def test_killed_at_random_again_and_again(trainer, whole):
+    """The same command each time, killed at any instant of its life; some kills land before the first checkpoint."""
+    begun = time.monotonic()
+    assert start(trainer, "timed").ends() == 0
+    life_s, chance = time.monotonic() - begun, random.Random(1)
+    kills = {"killed": 0, "ended before": 0}
+    for _ in range(8):
+        child = start(trainer, "run")
+        time.sleep(life_s * chance.uniform(0.05, 0.9))
+        child.send(signal.SIGKILL)
+        killed = child.ends() == -signal.SIGKILL
+        kills["killed" if killed else "ended before"] += 1
+        if not killed:
+            assert child.code == 0, child.said()
+            break
+    assert kills["killed"] >= 1
+    last = start(trainer, "run")
+    assert last.ends() == 0, last.said()
+    assert_is(whole, trainer.root / "run")
+    assert "Traceback" not in last.said()
+
+
+def operations_of_a_save(monkeypatch, trainer) -> int:
+    """How many times a save changes the disk."""
+    count = [0]
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "before", lambda name, path: count.__setitem__(0, count[0] + ("step-1" in str(path))))
+        trainer.run("counted", FLAGS + " --max-train-steps 1")
+    return count[0]
+
+
+class InSave:
+    """At the n-th change of the disk in the save of a step, do something."""
+
+    def __init__(self, step: int, nth: int, action: Callable[[], object]) -> None:
+        self.name, self.left, self.action = f"step-{step}", nth, action
+
+    def __call__(self, operation: str, path: Path) -> None:
+        if self.name in str(path):
+            self.left -= 1
+            if self.left == 0:
+                self.action()
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_killed_inside_a_save(trainer, whole, monkeypatch):
+    """At the first change of the disk, at the last, and between; a checkpoint is complete or it is not there."""
+    count = operations_of_a_save(monkeypatch, trainer)
+    assert count > 20
+    for nth in sorted({1, 2, count // 3, count // 2, count - 1, count}):
+        name = f"killed-{nth}"
+        child = start(trainer, name, before=lambda nth=nth: setattr(storage, "before", InSave(2, nth, die)))
+        assert child.ends() == -signal.SIGKILL
+        run = trainer.root / name
+        steps = RunFolder(run).steps()
+        assert steps in ([1], [2, 1])
+        assert all(RunFolder(run).damage(RunFolder(run).record(step)) is None for step in steps)
+        again = trainer.run(name, FLAGS)
+        assert_is(whole, again)
+
+
+# -- signals ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_runs_on_to_the_step_boundary_saves_and_can_be_resumed(trainer, number):
+    flags = "--batch-size 1 --max-train-steps 3 --ratio-update 4 --auto-resume"
+    whole = trainer.run("whole", flags)
+    child, run = start(trainer, "run", flags), trainer.root / "run"
+    until(child, lambda: ticks(run) >= 1)
+    child.send(number)
+    assert child.ends() == EXIT_PREEMPTED, child.said()
+    assert "Traceback" not in child.said()
+    assert (run / ".exit_code").read_text() == f"{EXIT_PREEMPTED}\n"
+    (step,) = RunFolder(run).steps()
+    assert step < 3
+    record = torch.load(RunFolder(run).record(step), weights_only=True)
+    assert record["tick"] == 4 * step
+    assert ticks(run) == 4 * step
+    assert "stopped by a signal" in (run / "log.txt").read_text()
+    again = trainer.run("run", flags)
+    tiny.assert_same_checkpoint(whole, again, 3)
+    tiny.assert_same_logs(whole, again)
+
+
+def slow_rollouts() -> None:
+    from train_t2i.methods import DMDR
+
+    rollout = DMDR.rollout
+
+    def slow(self, *arguments):
+        time.sleep(0.3)
+        return rollout(self, *arguments)
+
+    DMDR.rollout = slow
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_leaves_at_once(trainer, number):
+    flags = "--batch-size 1 --max-train-steps 2 --ratio-update 500 --auto-resume"
+    child = start(trainer, "run", flags, before=slow_rollouts)
+    until(child, lambda: ticks(trainer.root / "run") >= 1)
+    child.send(number)
+    time.sleep(0.1)
+    assert child.alive()  # the boundary is minutes away
+    child.send(number)
+    assert child.ends() == 128 + number
+    assert RunFolder(trainer.root / "run").steps() == []
+
+
+def test_a_signal_while_models_load_stops_after_the_first_step(trainer):
+    child = start(trainer, "run", FLAGS + " --checkpoint-steps 0", before=lambda: os.kill(os.getpid(), signal.SIGCONT))
+    until(child, lambda: (trainer.root / "run" / ".lock").exists())
+    child.send(signal.SIGTERM)
+    assert child.ends() == EXIT_PREEMPTED, child.said()
+    assert RunFolder(trainer.root / "run").steps() == [1]
+
+
+def test_a_folder_in_use_is_refused(trainer):
+    child = start(trainer, "run", "--batch-size 1 --max-train-steps 2 --ratio-update 500", before=slow_rollouts)
+    until(child, lambda: ticks(trainer.root / "run") >= 1)
+    ended = trainer.ends("run", "--auto-resume")
+    child.send(signal.SIGKILL)
+    child.ends()
+    assert ended.code == EXIT_LOCKED
+    assert str(child.pid) in ended.err
+
+
+# -- a full disk -----------------------------------------------------------------------------------------------------
+
+
+def full() -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def limit_files() -> None:
+    """From now on no file may grow past 64 kB: the kernel's own refusal."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64_000, resource.RLIM_INFINITY))
+
+
+@pytest.mark.parametrize(("nth", "action"), [(3, full), (12, full), (1, limit_files)])
+def test_a_full_disk_while_saving_leaves_the_previous_checkpoint(trainer, whole, nth, action):
+    child = start(trainer, "run", before=lambda: setattr(storage, "before", InSave(2, nth, action)))
+    assert child.ends() == EXIT_DISK
+    said, run = child.said(), trainer.root / "run"
+    assert "cannot save step 2" in said
+    assert "the checkpoint of step 1 is intact" in said
+    assert "--auto-resume" in said
+    assert "Traceback" not in said
+    assert RunFolder(run).steps() == [1]
+    assert RunFolder(run).damage(RunFolder(run).record(1)) is None
+    assert not list((run / "checkpoints").glob("*/*step-2*"))
+    assert (run / ".exit_code").read_text() == f"{EXIT_DISK}\n"
+    assert_is(whole, trainer.run("run", FLAGS))
+
+
+# -- the program as people start it ----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_real_command(trainer, whole):
+    """python -m train_t2i train: its exit code is the process's."""
+    command = [sys.executable, "-m", "train_t2i", *trainer.arguments("run", FLAGS)]
+    root, environment = Path(__file__).parents[1], {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, cwd=root, env=environment, stderr=subprocess.PIPE, text=True)
+    end = time.monotonic() + 300
+    while ticks(trainer.root / "run") < 1 and time.monotonic() < end and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == EXIT_PREEMPTED, said
+    finished = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
+    assert finished.returncode == 0, finished.stderr
+    run = trainer.root / "run"
+    assert [line["tick"] for line in tiny.log_lines(run, "guidance")] == list(range(1, 2 * STEPS + 1))
+    assert RunFolder(run).steps()[0] == STEPS
+
+
+@pytest.mark.slow
+def test_many_random_kills(trainer, whole):
+    """Twenty lives of a run, each killed at random."""
+    begun = time.monotonic()
+    assert start(trainer, "timed").ends() == 0
+    life_s, chance, tally = time.monotonic() - begun, random.Random(2), {"killed": 0, "finished": 0}
+    while tally["killed"] < 20:
+        child = start(trainer, "run")
+        time.sleep(life_s * chance.uniform(0.02, 1.0))
+        child.send(signal.SIGKILL)
+        if child.ends() == -signal.SIGKILL:
+            tally["killed"] += 1
+            continue
+        assert child.code == 0, child.said()
+        assert_is(whole, trainer.root / "run")
+        tally["finished"] += 1
+        shutil.rmtree(trainer.root / "run")
+    assert start(trainer, "run").ends() == 0
+    assert_is(whole, trainer.root / "run")
