@@ -115,7 +115,7 @@ def fix_posterior(vae: AutoencoderKL, log_variance: float = -8.0) -> None:
     assert vae.quant_conv is not None
     with torch.no_grad():
         vae.quant_conv.weight[4:] = 0
-        vae.quant_conv.bias[4:] = log_variance  # type: ignore[index]
+        vae.quant_conv.bias[4:] = log_variance
 
 
 def train_autoencoder(world: World, recipe: AutoencoderRecipe) -> AutoencoderKL:

@@ -113,7 +113,7 @@ WRONG = (erase, splice, twin)  # sharp pictures that no longer fit the caption
 POOR = (warp, ghost, blocky, blurred, noisy, washed)  # the content may still be guessed, but nobody would want it
 
 
-def _spoil(x: Tensor, g: Generator, ways: tuple) -> Tensor:  # type: ignore[type-arg]
+def _spoil(x: Tensor, g: Generator, ways: tuple) -> Tensor:
     """Each picture in one way drawn at random."""
     order = torch.randperm(len(x), generator=g)
     out = x.clone()

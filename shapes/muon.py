@@ -45,13 +45,15 @@ class Muon(torch.optim.Optimizer):
                 p.sub_(move, alpha=group["lr"])
 
     @staticmethod
-    def _matrix(p: Tensor, state: dict) -> Tensor:  # type: ignore[type-arg]
+    def _matrix(p: Tensor, state: dict) -> Tensor:
+        assert p.grad is not None
         state["first"].lerp_(p.grad, 0.05)
         ahead = p.grad.lerp(state["first"], 0.95).flatten(1)
         return (orthogonal(ahead) * max(1.0, ahead.shape[0] / ahead.shape[1]) ** 0.5).view_as(p)
 
     @staticmethod
-    def _adam(p: Tensor, state: dict) -> Tensor:  # type: ignore[type-arg]
+    def _adam(p: Tensor, state: dict) -> Tensor:
+        assert p.grad is not None
         state["first"].lerp_(p.grad, 0.1)
         state["second"].lerp_(p.grad.square(), 0.01)
         first = state["first"] / (1 - 0.9 ** state["step"])
@@ -68,7 +70,7 @@ def mark_tables(module: nn.Module) -> None:
     """Leave lookup tables (words, places) to AdamW: their rows are apart, and most have no gradient at a step."""
     for part in module.modules():
         if isinstance(part, nn.Embedding):
-            part.weight.is_table = True  # type: ignore[assignment]
+            part.weight.is_table = True  # type: ignore[attr-defined]
     for name, parameter in module.named_parameters():
         if any(word in name for word in ("position", "class_embedding", "place")):
             parameter.is_table = True  # type: ignore[attr-defined]

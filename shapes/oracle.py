@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from shapes.render import AREA, BACKGROUND_RGB, CENTROID_DROP, COLOUR_RGB, RADIUS_PX, SIDE_PX, Array, coverage
@@ -25,6 +26,7 @@ FOREGROUND = 0.16  # a pixel farther than this from the background belongs to so
 NEAR_BACKGROUND, NEAR_COLOUR = 0.16, 0.24  # how far an estimated colour may be from the named one
 SPECK_PX = 8  # blobs smaller than this are noise
 STRAY_PX = 24  # more foreground than this outside the objects is something that should not be there
+Mask = NDArray[np.bool_]
 MISFIT = 0.24  # sum |alpha - shape| / area: an octagon is no circle
 UNEVEN = 0.09  # mean distance of the inner pixels from the object's colour
 SIZE_SPLIT_PX = (RADIUS_PX["small"] + RADIUS_PX["large"]) / 2
@@ -103,7 +105,7 @@ def _fit(alpha: Array) -> tuple[str, float, float, float, float]:
     return shape, x, y, radius, misfit
 
 
-def _read_object(image: Array, background: Array, blob: Array, near: Array) -> Found | str:
+def _read_object(image: Array, background: Array, blob: Mask, near: Mask) -> Found | str:
     """Explain one blob (its pixels; near: those and the soft rim).  A string says why it is no object."""
     distance = np.linalg.norm(image - background, axis=-1)
     core = blob & (distance >= 0.7 * np.quantile(distance[blob], 0.8))
@@ -156,7 +158,7 @@ def _read_one(image: Array, labels: np.ndarray, background: Array) -> Reading:
         return Reading(None, None, (), "a background of no known colour")
     if not 1 <= len(blobs) <= 2:
         return Reading(None, name, (), f"{len(blobs)} objects")
-    found = []
+    found: list[Found] = []
     explained = np.zeros((SIDE_PX, SIDE_PX), bool)
     for blob in blobs:
         near = F.max_pool2d(torch.from_numpy(blob).float()[None, None], 5, stride=1, padding=2)[0, 0].numpy() > 0

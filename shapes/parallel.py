@@ -33,8 +33,8 @@ def backward(loss: Callable[[Part], Tensor], parts: Sequence[Part], parameters: 
 
     done = list(_pool.map(one, parts))
     for i, parameter in enumerate(parameters):
-        found = [grads[i] for _, grads in done if grads[i] is not None]
-        parameter.grad = sum(found[1:], found[0]) / len(parts) if found else None  # type: ignore[operator, arg-type]
+        found = [grad for _, grads in done if (grad := grads[i]) is not None]
+        parameter.grad = sum(found[1:], found[0]) / len(parts) if found else None
     return sum(value for value, _ in done) / len(done)
 
 

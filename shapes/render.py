@@ -80,7 +80,7 @@ def _box(dx: Array, dy: Array, half_x: float, half_y: float) -> Array:
 def signed_distance(shape: str, dx: Array, dy: Array, r: float) -> Array:
     """Distance in px to the outline, negative inside.  dx, dy: px right of and below the middle of the bounding box."""
     if shape == "circle":
-        return np.sqrt(dx * dx + dy * dy) - r
+        return np.asarray(np.sqrt(dx * dx + dy * dy) - r, dtype=np.float32)
     if shape == "square":
         return _box(dx, dy, _SQUARE_HALF * r, _SQUARE_HALF * r)
     if shape == "cross":

@@ -218,7 +218,9 @@ def test_the_level_is_the_nearest_to_the_draw(kind):
 
 def test_the_level_follows_the_distribution_over_training():
     sampler, grid = TimeSampler("beta", 8.0, 1.0, dynamic_steps=10), PATH.grid(4)
-    share = [float((sampler.sample_index(draw(range(800)), "level", step, grid) <= 1).float().mean()) for step in (0, 10)]
+    share = [
+        float((sampler.sample_index(draw(range(800)), "level", step, grid) <= 1).float().mean()) for step in (0, 10)
+    ]
     assert share[0] > 0.9  # noisy levels at the start
     assert share[1] == pytest.approx(1 - 0.624, abs=0.06)  # uniform later: all above the middle of 0.749 and 0.499
 
