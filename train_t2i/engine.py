@@ -46,7 +46,7 @@ class Engine:
     def __init__(self, mixed_precision: str, max_grad_norm: float) -> None:
         if os.environ.get("ACCELERATE_USE_FSDP") == "true" or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
             raise UserError("this launch asks for FSDP or DeepSpeed", "launch with plain data parallelism")
-        self.state = PartialState()
+        self.state = PartialState(cpu=_on_cpu())
         self.device = self.state.device
         self.rank, self.world = self.state.process_index, self.state.num_processes
         _assert_world(self.world)
@@ -174,6 +174,12 @@ def _adam(parameters: list[nn.Parameter], adam: AdamSettings) -> torch.optim.Opt
     except ImportError:
         raise UserError("--use-8bit-adam needs bitsandbytes", "uv sync --extra bitsandbytes") from None
     return AdamW8bit(parameters, **options)
+
+
+def _on_cpu() -> bool:
+    """accelerate has to be told: else processes that torchrun starts without an accelerator each believe to be alone."""
+    asked = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "on")
+    return asked or not torch.accelerator.is_available()
 
 
 def _assert_world(world: int) -> None:
