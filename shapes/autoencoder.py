@@ -177,12 +177,10 @@ def new_tiny(recipe: TinyDecoderRecipe) -> AutoencoderTiny:
     )
 
 
-def train_tiny(
-    vae: AutoencoderKL, world: World, recipe: TinyDecoderRecipe, start: AutoencoderTiny | None = None
-) -> AutoencoderTiny:
-    """Distil the decoder on noisy latents towards the pictures, and the encoder towards the latents; or go on from `start`."""
+def train_tiny(vae: AutoencoderKL, world: World, recipe: TinyDecoderRecipe) -> AutoencoderTiny:
+    """Distil the decoder on noisy latents towards the pictures, and the encoder towards the latents."""
     torch.manual_seed(recipe.seed)
-    tiny = (start or new_tiny(recipe)).requires_grad_(True).train()
+    tiny = new_tiny(recipe)
     latents = encode(vae, world.images(torch.arange(len(world))))
 
     def loss(part: tuple[Tensor, torch.Generator]) -> Tensor:

@@ -63,7 +63,7 @@ TINY = (
         ("autoencoder", "text", "denoiser"),
         "teacher of the embedded world, a StableDiffusionXLPipeline folder",
     ),
-    ("tiny-taesd", ("tiny-decoder", "tiny-decoder-polish"), "fast decoder for tiny-sdxl latents (AutoencoderTiny)"),
+    ("tiny-taesd", ("tiny-decoder",), "fast decoder for tiny-sdxl latents (AutoencoderTiny)"),
     ("tiny-clip", ("clip",), "reward: contrastive tower, an open_clip folder"),
     ("tiny-hps", ("hps",), "reward: preference tower, saved as HPSv2.1 is"),
     ("tiny-clip-heldout", ("heldout",), "judge: another seed and architecture, never in a loss"),

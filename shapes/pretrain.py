@@ -88,13 +88,6 @@ def make_tiny_decoder(paths: Paths) -> dict[str, float]:
     return measure.tiny_decoder(paths.sdxl / "vae", paths.taesd, judged(paths))
 
 
-def make_polish(paths: Paths) -> dict[str, float]:
-    """The fast decoder again from where it is; the towers were shown its earlier, rougher pictures, which does them good."""
-    vae, rough = measure.load_vae(paths.sdxl / "vae"), measure.load_tiny(paths.taesd)
-    ae.save(ae.train_tiny(vae, world(paths), POLISH, start=rough), paths.taesd)
-    return measure.tiny_decoder(paths.sdxl / "vae", paths.taesd, judged(paths))
-
-
 def make_text(paths: Paths) -> dict[str, float]:
     """Also writes the rest of the pipeline folder, with an untrained UNet."""
     first, second, quality = train_text_encoders(world(paths), TEXT)
@@ -142,7 +135,6 @@ def make_denoiser(paths: Paths) -> dict[str, float]:
 
 AUTOENCODER = ae.AutoencoderRecipe()
 TINY_DECODER = ae.TinyDecoderRecipe()
-POLISH = ae.TinyDecoderRecipe(seed=13, steps=2400)
 TEXT = TextRecipe()
 CLIP = towers.TowerRecipe()
 HPS = towers.TowerRecipe(seed=32, steps=500, learning_rate=5e-4)
@@ -156,7 +148,6 @@ STAGES = (
     Stage("clip", CLIP, ("autoencoder", "tiny-decoder"), lambda p: p.out / "tiny-clip", make_clip),
     Stage("hps", HPS, ("clip",), lambda p: p.out / "tiny-hps", make_hps),
     Stage("heldout", HELD_OUT, ("autoencoder", "tiny-decoder"), lambda p: p.out / "tiny-clip-heldout", make_heldout),
-    Stage("tiny-decoder-polish", POLISH, ("tiny-decoder",), lambda p: p.taesd, make_polish),
     Stage("denoiser", DENOISER, ("autoencoder", "text"), lambda p: p.sdxl / "unet", make_denoiser),
 )
 
