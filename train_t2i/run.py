@@ -18,6 +18,8 @@ from train_t2i.methods.base import Clock
 from train_t2i.networks import Networks
 from train_t2i.sheet import SampleSheet
 
+REPEAT_SECONDS = 0.3  # `timeout` and some launchers send one signal twice: to the process and to its group
+
 
 @dataclass
 class State:
@@ -38,7 +40,7 @@ class StopRequest:
     """SIGTERM and Ctrl-C ask for a stop at the next step boundary; a second one leaves at once."""
 
     def __init__(self) -> None:
-        self.asked = False
+        self.asked, self._asked_at = False, 0.0
 
     def __enter__(self) -> StopRequest:
         self._before = {n: signal.signal(n, self._on_signal) for n in (signal.SIGTERM, signal.SIGINT)}
@@ -49,9 +51,11 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
+        now = time.monotonic()
+        if self.asked and now - self._asked_at > REPEAT_SECONDS:
             os._exit(128 + number)
-        self.asked = True
+        if not self.asked:
+            self.asked, self._asked_at = True, now
 
 
 @dataclass
