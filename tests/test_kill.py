@@ -211,11 +211,29 @@ def test_a_second_signal_leaves_at_once(trainer, number):
     child = start(trainer, "run", flags, before=slow_rollouts)
     until(child, lambda: ticks(trainer.root / "run") >= 1)
     child.send(number)
-    time.sleep(0.1)
+    child.send(number)  # `timeout` signals the process and its group: that is one request
+    time.sleep(0.6)
     assert child.alive()  # the boundary is minutes away
     child.send(number)
     assert child.ends() == 128 + number
     assert RunFolder(trainer.root / "run").steps() == []
+
+
+def test_a_signal_sent_twice_at_once_is_one_request(monkeypatch):
+    from train_t2i import run
+
+    left, now = [], [100.0]
+    monkeypatch.setattr(run.os, "_exit", left.append)
+    monkeypatch.setattr(run.time, "monotonic", lambda: now[0])
+    stop = run.StopRequest()
+    for wait_s in (0.0, 0.0, 0.05, 0.1):
+        now[0] += wait_s
+        stop._on_signal(signal.SIGTERM, None)
+        assert stop.asked
+    assert left == []
+    now[0] += 0.2
+    stop._on_signal(signal.SIGINT, None)
+    assert left == [130]
 
 
 def test_a_signal_while_models_load_stops_after_the_first_step(trainer):

@@ -6,7 +6,9 @@ import json
 import os
 import shutil
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -388,6 +390,22 @@ def test_when_checkpoints_are_saved(trainer, more, steps):
     run = trainer.run("run", f"--max-train-steps 3 --batch-size 1 {more}", "ode")
     assert RunFolder(run).steps() == steps
     assert all(RunFolder(run).damage(record(run, step)) is None for step in steps)
+
+
+def test_minutes_count_from_the_last_save(trainer, monkeypatch):
+    from train_t2i import log, resume, run, train
+
+    clock, flush = SimpleNamespace(now=time.monotonic()), log.RunLog.flush
+    for module in (train, resume, run):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock.now), raising=False)
+
+    def forty_seconds_later(self, *counters):
+        clock.now += 40
+        flush(self, *counters)
+
+    monkeypatch.setattr(log.RunLog, "flush", forty_seconds_later)
+    made = trainer.run("run", "--max-train-steps 5 --batch-size 1 --checkpoint-minutes 1", "ode")
+    assert RunFolder(made).steps() == [5, 4, 2]
 
 
 def test_the_logs_of_a_first_attempt_that_saved_nothing_are_cut(trainer):
