@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,6 +95,15 @@ def assert_is(whole: Path, run: Path, step: int = STEPS) -> None:
     assert all(RunFolder(run).damage(RunFolder(run).record(step)) is None for step in RunFolder(run).steps())
     assert not list((run / "checkpoints").glob("*/.tmp-*"))
     assert (run / ".exit_code").read_text() == "0\n"
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_before_a_fork() -> Iterator[None]:
+    """OpenMP's threads do not survive a fork: a child waits for them for ever.  The slow tests here fork too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture
