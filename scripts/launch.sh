@@ -8,6 +8,7 @@
 #
 # A setting is overridden by the environment (LEARNING_RATE_GEN=1e-6) or by an extra argument (--learning-rate-gen 1e-6),
 # which wins.  TINY=1 takes the third column, on the models in checkpoints/.  NUM_PROCESSES defaults to the GPUs that are here.
+# On several machines: multi_node/multi.sh.
 # shellcheck source=scripts/setup.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/setup.sh"
 
@@ -30,10 +31,13 @@ num_gpus() {
 }
 
 launch() { # EXTRA ARGUMENTS...: starts the run in this process
-  local count="${NUM_PROCESSES:-$(num_gpus)}"
-  if ((count > 1)); then
-    exec "$PYTHON" -m accelerate.commands.launch --config_file "$SETUP_ROOT/scripts/accelerate/ddp.yaml" \
-      --num_processes "$count" -m train_t2i train "${ARGUMENTS[@]}" "$@"
+  local count="${NUM_PROCESSES:-$(num_gpus)}" machines="${NUM_MACHINES:-1}"
+  local -a starter=()
+  if ((count * machines > 1)); then
+    starter=(accelerate.commands.launch --config_file "$SETUP_ROOT/scripts/accelerate/ddp.yaml" --num_processes $((count * machines)))
   fi
-  exec "$PYTHON" -m train_t2i train "${ARGUMENTS[@]}" "$@"
+  if ((machines > 1)); then # MACHINE_RANK, MASTER_ADDR and MASTER_PORT: see multi_node/multi.sh
+    starter+=(--num_machines "$machines" --machine_rank "$MACHINE_RANK" --main_process_ip "$MASTER_ADDR" --main_process_port "$MASTER_PORT")
+  fi
+  exec "$PYTHON" -m ${starter[@]+"${starter[@]}" -m} train_t2i train "${ARGUMENTS[@]}" "$@"
 }

@@ -17,8 +17,9 @@ import xxhash
 from safetensors.torch import load_file
 
 from train_t2i import storage
-from train_t2i.checkpoint import Part, RunFolder, load_optimizer, optimizer_part, run_of
+from train_t2i.checkpoint import Part, RunFolder, run_of
 from train_t2i.errors import EXIT_DISK, EXIT_LOCKED, EXIT_USER, UserError
+from train_t2i.optimizer_state import load_optimizer, optimizer_part
 
 CRASHED = 9
 

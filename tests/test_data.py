@@ -17,8 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from train_t2i import data
-from train_t2i.data import Order, batch_indices, fit_image, load_image, load_prompts, load_rows
+from train_t2i import tables
+from train_t2i.data import Order, Row, batch_indices, fit_image, load_image, load_prompts, load_rows
 from train_t2i.errors import EXIT_USER, UserError
 
 
@@ -93,7 +93,7 @@ def test_a_rank_outside_the_world(wrong: dict[str, int]) -> None:
 @pytest.fixture(params=[1 << 20, 1], ids=["blocks", "lines"])
 def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both ways through a text file: a megabyte at once, and a line at a time."""
-    monkeypatch.setattr(data, "BLOCK_BYTES", request.param)
+    monkeypatch.setattr(tables, "BLOCK_BYTES", request.param)
 
 
 def test_text_lines(blocks: None, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -102,7 +102,7 @@ def test_text_lines(blocks: None, tmp_path: Path, caplog: pytest.LogCaptureFixtu
         found = load_prompts(write(tmp_path / "p.txt", text))
     assert found == ["a cat", "a dog \ta\u2028b", "a cat", "katze, groß 猫"]
     assert "4 prompts, 1 duplicates kept, 2 blank dropped" in caplog.text
-    assert load_prompts(write(tmp_path / "no_suffix", "x" * data.MAX_PROMPT_BYTES)) == ["x" * data.MAX_PROMPT_BYTES]
+    assert load_prompts(write(tmp_path / "no_suffix", "x" * tables.MAX_PROMPT_BYTES)) == ["x" * tables.MAX_PROMPT_BYTES]
 
 
 @pytest.mark.parametrize(
@@ -289,8 +289,8 @@ def test_numbers_as_tables_write_them(tmp_path: Path) -> None:
     refused(write(tmp_path / "t.txt", "a.png"), "is not a table", load_rows)
 
 
-def row_of(image: Path) -> data.Row:
-    return data.Row(image.parent / "t.csv", 5, image, "x")
+def row_of(image: Path) -> Row:
+    return Row(image.parent / "t.csv", 5, image, "x")
 
 
 def test_pixels(tmp_path: Path) -> None:
@@ -426,7 +426,7 @@ def test_any_bytes_are_read_or_refused(tmp_path: Path, content: bytes, suffix: s
     path = write(tmp_path / f"fuzz{suffix}", content)
     for load in (load_prompts, load_rows):
         for prompt in read_or_refused(load, path):
-            assert isinstance(prompt, data.Row) or (prompt.strip() and prompt.encode())
+            assert isinstance(prompt, Row) or (prompt.strip() and prompt.encode())
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])

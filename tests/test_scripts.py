@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from train_t2i import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCHERS = sorted((ROOT / "scripts" / "single_node").glob("*.sh"))
+MULTI_NODE = sorted(path for path in (ROOT / "scripts" / "multi_node").glob("*.sh") if path.stem != "multi")
 
 
 def arguments_of(command: list[str], cwd: Path, **environment: str) -> list[str]:
@@ -41,6 +43,13 @@ def test_every_launcher_is_a_valid_run(launcher: Path, tiny: str, tmp_path: Path
     settings = cli.parse(arguments_of([str(launcher)], tmp_path, TINY=tiny))
     assert settings.run.exp_name == launcher.stem
     assert settings.run.resolution == ("64" if tiny == "1" else "1024")
+
+
+@pytest.mark.parametrize("launcher", MULTI_NODE, ids=lambda path: path.stem)
+def test_a_node_runs_the_single_node_launcher(launcher: Path, tmp_path: Path) -> None:
+    """No setting is written twice."""
+    single = ROOT / "scripts" / "single_node" / launcher.name
+    assert arguments_of([str(launcher)], tmp_path) == arguments_of([str(single)], tmp_path)
 
 
 def test_published_one_step_recipe(tmp_path: Path) -> None:
@@ -73,6 +82,46 @@ def test_the_lines_users_know_work_from_their_folder(line: str) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert yaml.safe_load(done.stdout)["exp_name"] == Path(line).stem
+
+
+def multi_node(*flags: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The seed's multi-node line, from the seed's folder."""
+    clean = {k: v for k, v in os.environ.items() if k not in ("MASTER_ADDR", "MASTER_PORT")}
+    return subprocess.run(
+        ["bash", "scripts/multi_node/multi.sh", *flags], cwd=ROOT / "train_t2i" / "sdxl", env=clean | environment,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def test_multi_node_dry_run_names_what_each_node_runs() -> None:
+    done = multi_node(
+        "--dry-run", "--magic-prompt", "it's; $(exit)", MASTER_ADDR="10.0.0.1", WORKER_NODES="10.0.0.2 10.0.0.3",
+        NCCL_DEBUG="a b", WANDB_API_KEY="secret",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert [line.split(": ")[0] for line in lines] == ["10.0.0.1", "10.0.0.2", "10.0.0.3"]
+    for rank, line in enumerate(lines):
+        words = shlex.split(line)
+        assert {f"MACHINE_RANK={rank}", "NUM_MACHINES=3", "MASTER_ADDR=10.0.0.1", "NCCL_DEBUG=a b"} <= set(words)
+        assert words[-3:] == ["scripts/multi_node/dmdr_sdxl_refl.sh", "--magic-prompt", "it's; $(exit)"]
+        assert words[words.index("source") :][:3] == ["source", "/conda/bin/activate", "dmdr"]
+    assert "secret" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("environment", "named"),
+    [
+        ({}, "MASTER_ADDR"),
+        ({"MASTER_ADDR": "a"}, "WORKER_NODES"),
+        ({"MASTER_ADDR": "a", "WORKER_NODES": "b; c"}, "b;"),
+        ({"MASTER_ADDR": "a", "WORKER_NODES": "b", "TRAIN_SCRIPT": "none.sh"}, "none.sh"),
+    ],
+)
+def test_multi_node_mistakes_get_one_line(environment: dict[str, str], named: str) -> None:
+    done = multi_node("--dry-run", **environment)
+    assert done.returncode == 2
+    assert named in done.stderr.splitlines()[0]
 
 
 def test_a_wrong_tiny_is_refused(tmp_path: Path) -> None:

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 
 from train_t2i import __version__, build
-from train_t2i.checkpoint import Part, RunFolder, load_optimizer, optimizer_part, run_of
+from train_t2i.checkpoint import Part, RunFolder, run_of
 from train_t2i.config import Config, Settings, fields_of, resolved_layout
 from train_t2i.errors import UserError
 from train_t2i.methods import METHODS
 from train_t2i.methods.base import Clock
 from train_t2i.networks import Role, export_adapter
+from train_t2i.optimizer_state import load_optimizer, optimizer_part
 from train_t2i.run import Run, State
 
 STAGE_FIELDS = ("model_family", "use_lora_gen", "lora_rank", "layout", "sample_num_steps", "shift")

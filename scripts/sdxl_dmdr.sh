@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# The rows that SDXL's four DMDR launchers share, after those of every stage.
+# shellcheck source=scripts/sdxl.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/sdxl.sh"
+
+#       flag             published                    tiny world: docs/recipe.md says why
+setting method           dmdr
+setting data-path-train  t2i-2m-filtered-prompts.txt  runs/prompts.txt
+setting lora-rank        32                           16
+setting lora-scale-f     2.0
+setting lora-scale-r     0.5
+setting cfg-r            7                            1.5
+setting cfg-f            1
+setting ratio-update     5                            2
+setting lr-warmup-steps  0                            10
+setting batch-size-test  2                            8

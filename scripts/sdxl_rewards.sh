@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# The rows that SDXL's launchers with rewards (ReFL) share, after those of DMDR.
+# shellcheck source=scripts/sdxl_dmdr.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/sdxl_dmdr.sh"
+
+#       flag                published                               tiny world
+setting clip-reward-model   "$CHECKPOINTS/Apple_CLIP-H-14-224.bin"  "$CHECKPOINTS/tiny-clip"
+setting hpsv2-reward-model  "$CHECKPOINTS/HPS_v2.1_compressed.pt"   "$CHECKPOINTS/tiny-hps"
+setting reward-clip-weight  0.3                                     1
+setting reward-hps-weight   0.3                                     1
+setting reward-margin       0.7                                     1.0
+setting magic-prompt        "Realistic photo"                       ""
+setting batch-size          4                                       32
+setting max-train-steps     4000                                    200
+setting sample-steps        100                                     50
+setting checkpoint-steps    200                                     50
