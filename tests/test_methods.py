@@ -401,6 +401,18 @@ def test_supervised_training_is_the_denoising_loss_on_latents(networks, family, 
     assert loss == pytest.approx(float(((call["out"] - noise) ** 2).mean()), rel=1e-5)
 
 
+def test_cached_rows_are_encoded_once_and_stay_what_they_are(networks, family, monkeypatch):
+    images, seen = torch.rand((4, 3, 32, 32), generator=torch.Generator().manual_seed(0)), []
+    encode = type(family).to_latents
+    monkeypatch.setattr(type(family), "to_latents", lambda self, x: seen.append(len(x)) or encode(self, x))
+    algorithm = method("sft", networks, SFTConfig(caption_dropout=0.0, cache_rows=True))
+    algorithm.rollout(replace(batch(range(2), images=images[:2]), rows=[0, 1]), LATER)
+    whole = algorithm.rollout(replace(batch(images=images), rows=range(4)), LATER)
+    assert seen == [1, 1, 1, 1]
+    torch.testing.assert_close(whole.latents, encode(family, images))
+    torch.testing.assert_close(whole.cond.tokens, family.encode(PROMPTS, "").tokens)
+
+
 def test_supervised_times_reach_both_ends(networks):
     """A teacher must work at level 999 and at level 0 too."""
     times = METHODS["sft"].times.sample(Draw(0, 0, range(2000), CPU), "time", 0)
