@@ -6,7 +6,7 @@
 #   QUICK=1 bash scripts/quickstart.sh         a few minutes, for a look: too short to reach the published figures
 set -euo pipefail
 WORK="${WORK:-$(pwd -P)/runs/quickstart}"
-NUM_PAIRS=1500
+NUM_PAIRS=768
 SHORT=()
 if [[ "${QUICK:-0}" == 1 ]]; then
   NUM_PAIRS=256
@@ -19,9 +19,9 @@ source "$(dirname -- "${BASH_SOURCE[0]}")/tiny_world.sh"
 steps() { # NORMAL QUICK: how many steps a stage takes
   if [[ "${QUICK:-0}" == 1 ]]; then echo "$2"; else echo "$1"; fi
 }
-ODE_STEPS="$(steps 700 100)"
-COLD_STEPS="$(steps 150 10)"
-DMDR_STEPS="$(steps 270 20)"
+ODE_STEPS="$(steps 350 100)"
+COLD_STEPS="$(steps 100 10)"
+DMDR_STEPS="$(steps 200 20)"
 
 stage scenes scenes
 stage pairs pairs "$NUM_PAIRS"

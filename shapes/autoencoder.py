@@ -6,6 +6,7 @@ a crop costs a quarter; the last steps see whole pictures.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -206,3 +207,7 @@ def save(model: AutoencoderKL | AutoencoderTiny, folder: Path) -> None:
     """Write a half-precision diffusers folder."""
     model.half().save_pretrained(folder)
     model.float()
+    if isinstance(model, AutoencoderTiny):  # diffusers writes a key of its own that it warns of when it reads it back
+        config = folder / "config.json"
+        kept = {key: value for key, value in json.loads(config.read_text()).items() if key != "block_out_channels"}
+        config.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n")

@@ -10,7 +10,7 @@ ODE_2K=sdxl_lr1e-5_8node_ode_pretraining_10k_cond399_checkpoint_model_002000.bin
 
 #       flag                  published               tiny world
 setting exp-name              cold_start_sdxl
-setting xl-ode-pretrain-path  "$CHECKPOINTS/$ODE_2K"  "$STAGE_0/step-450.pt"
+setting xl-ode-pretrain-path  "$CHECKPOINTS/$ODE_2K"  "$STAGE_0/step-350.pt"
 setting sample-num-steps      1
 setting s-type-gui            uniform                 beta
 setting gui-a                 -                       2

@@ -15,8 +15,8 @@ setting batch-size         8             32
 setting learning-rate-gen  1e-5          5e-4
 setting lr-scheduler       constant      cosine
 setting lr-warmup-steps    500           50
-setting max-train-steps    2000          700
-setting sample-steps       100           200
-setting checkpoint-steps   500           350
+setting max-train-steps    2000          350
+setting sample-steps       100           100
+setting checkpoint-steps   500           175
 setting batch-size-test    2             8
 launch "$@"
