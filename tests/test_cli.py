@@ -110,7 +110,7 @@ def test_every_field_is_a_flag_with_help_and_a_rule_for_resuming(method):
 
 
 def test_defaults_are_the_published_recipe_of_one_step_sdxl():
-    """reference dmdr.md section 4, column cold SDXL."""
+    """The one-step SDXL cold start, as published."""
     settings = parse([])
     run, method = settings.run, settings.method
     assert isinstance(method, DMDRConfig)

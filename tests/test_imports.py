@@ -1,4 +1,4 @@
-"""Who may import whom, read off the source: section 3 of the design, and what no file may do.
+"""Who may import whom, read off the source, and what no file may do.
 
 A module's room is its first name under ``train_t2i`` (``families/sdxl.py`` is in ``families``), or ``rewards`` or
 ``shapes``.  Imports inside functions count as well.  A file that has no row of its own is a verb.

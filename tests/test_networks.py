@@ -212,7 +212,7 @@ def update(networks: Networks, role: str, x: Tensor, cond: Cond, nested: bool) -
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_checkpointing_and_calls_of_others_change_no_gradient(family, cond, x, layout):
-    """The recomputation in backward must run under the adapter and the scale of the forward (defect 1)."""
+    """The recomputation in backward must run under the adapter and the scale of the forward."""
     bare, checkpointed = (build(family, layout, checkpointing=on) for on in (False, True))
     for role in ("generator", "guidance"):
         value, reference = update(bare, role, x, cond, nested=False)
@@ -398,7 +398,7 @@ def test_a_role_that_is_used_but_not_trained_is_frozen(family):
 
 @pytest.mark.parametrize("num_steps", [1, 4])
 def test_network_calls_of_a_step_are_those_derived(family, monkeypatch, num_steps):
-    """reference dmdr.md section 1: rho (N + 3) + (3 + 1 + 2) with a backward as two: 41 at N = 4, rho = 5."""
+    """docs/performance.md: ratio (N + 3) + (3 + 1 + 2) with a backward as two: 41 at N = 4, ratio 5."""
     networks = tiny.networks(family, "paired")
     method, ratio = dmdr(networks, num_steps, ratio_update=5), 5
     top = torch.tensor([0, num_steps - 1])

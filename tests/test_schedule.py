@@ -54,7 +54,7 @@ def test_to_x0_undoes_add_noise():
 
 
 def test_half_precision_inputs_are_computed_in_fp32():
-    """Defect 19: a half-precision schedule is off by 7 % at small times."""
+    """A half-precision schedule is off by 7 % at small times."""
     t = torch.tensor([0.0, 0.001, 0.005, 0.1, 0.5, 0.999])
     x0, noise = normal("x0").bfloat16(), normal("noise").bfloat16()
     x_t = PATH.add_noise(x0, noise, t)
@@ -148,7 +148,7 @@ def test_shift():
     torch.testing.assert_close(shift_time(u, 5.0), torch.tensor([0.0, 0.625, 0.8333333, 0.9375, 1.0]))
     assert torch.equal(shift_time(u, 1.0), u)
     shifted = EpsilonVP(PATH.alphas_cumprod, shift=3.0)
-    assert shifted.levels(shifted.grid(4)[:-1]).tolist() == [999, 899, 749, 499]  # defect 16: not the formula on 0..999
+    assert shifted.levels(shifted.grid(4)[:-1]).tolist() == [999, 899, 749, 499]  # and not the formula on 0..999
 
 
 # -- distributions of times ------------------------------------------------------------------------------------------
@@ -196,7 +196,7 @@ def test_moments_of_the_times(sampler, step, mean, std):
 
 
 def test_logit_normal_is_logit_normal():
-    """Defect 13: the published flag of that name drew a Beta."""
+    """The published flag of that name drew a Beta."""
     times = TimeSampler("logit_normal", 0.4, 0.7, low=0.0, high=1.0).sample(draw(ROWS), "time", 0).double()
     logits = torch.logit(times)
     assert moments(logits) == (pytest.approx(0.4, abs=0.03), pytest.approx(0.7, abs=0.02))
@@ -207,7 +207,7 @@ def test_logit_normal_is_logit_normal():
 
 @pytest.mark.parametrize("kind", ["beta", "logit_normal"])
 def test_the_level_is_the_nearest_to_the_draw(kind):
-    """Defect 17: the published code always took the smallest time."""
+    """The published code always took the smallest time."""
     sampler, grid = TimeSampler(kind, 2.0, 1.5), PATH.grid(4)
     index = sampler.sample_index(draw(range(400)), "level", 0, grid)
     times = sampler.sample(draw(range(400)), "level", 0)

@@ -618,7 +618,7 @@ def engine_of(precision: str = "no", max_grad_norm: float = 1.0, **adam):
 
 @pytest.mark.parametrize(("limit", "expected"), [(1.0, (0.6, 0.8)), (0.0, (3.0, 4.0)), (9.0, (3.0, 4.0))])
 def test_gradients_are_clipped_to_the_norm_that_was_set(monkeypatch, limit, expected):
-    """Defect 7: the published flag did nothing."""
+    """The published flag did nothing."""
     engine, parameter = engine_of(max_grad_norm=limit)
     seen = []
     monkeypatch.setattr(engine.optimizers["generator"], "step", lambda: seen.append(parameter.grad.tolist()))

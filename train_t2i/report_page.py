@@ -46,8 +46,8 @@ img { max-width: 100%; display: block; }
 .card dl div { display: flex; justify-content: space-between; gap: 12px; }
 dt { color: var(--soft); } dd { margin: 0; text-align: right; font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; width: 100%; }
-th, td { padding: 6px 12px; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; padding-left: 4px; } th { font-weight: 600; font-size: 13px; vertical-align: bottom; }
+th, td { padding: 6px 8px; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; padding-left: 4px; } th { font-weight: 600; font-size: 13px; vertical-align: bottom; white-space: normal; }
 th small { display: block; } small { color: var(--soft); font-weight: 400; } td small { display: block; } td.best { font-weight: 700; }
 table.settings td { text-align: left; white-space: normal; overflow-wrap: anywhere; font-size: 14px; } table.settings th { text-align: left; }
 tr.differs td { background: var(--mark); } .dot { display: inline-block; width: 10px; height: 10px; border-radius: 50%; margin-right: 8px; background: var(--colour); }

@@ -40,13 +40,14 @@ def simulate_to(
     Row b is the clean estimate that the student made at its own grid time ``level[b]`` (B,) int64.  The run stops at the
     largest level drawn: max(level) + 1 network calls.
     """
+    last = int(level.max())  # read once, before the levels move: a comparison on the device would wait for it
     level = level.to(noise.device)
     kept = torch.empty_like(noise, dtype=torch.float32)
     x = noise
-    for i in range(int(level.max()) + 1):
+    for i in range(last + 1):
         x0 = x0_at(x, rows_at(grid[i], x)).float()
         kept = torch.where(per_row(level == i, x0), x0, kept)
-        if i < level.max():
+        if i < last:
             x = path.step(x, x0, rows_at(grid[i], x), rows_at(grid[i + 1], x), renoise(i + 1))
     return kept
 
