@@ -295,6 +295,8 @@ CANNOT_WORK = [
     ("--layout separate --sample-num-steps 4 --dynamic-step 5", "--lora-scale-r 0"),
     ("--sample-num-steps 4 --s-type-gen beta --gen-a 0", "--gen-a"),
     ("--s-type-gui beta --gui-a -1", "--gui-a"),
+    ("--gui-a 2", "--s-type-gui beta"),
+    ("--sample-num-steps 4 --gen-b 3", "--s-type-gen beta"),
     ("--cold-start-iter 10", "--clip-reward-model"),
     ("--cold-start-iter 10 --reward-clip-weight 0", "no reward model"),
     ("--dmd-weight 0", "trains nothing"),

@@ -264,9 +264,8 @@ def _check_dmdr(run: Config, method: DMDRConfig) -> None:
             "--layout separate: the teacher has no guidance adapter to borrow",
             "set --lora-scale-r 0 or --layout paired",
         )
-    for kind, a, name in ((method.s_type_gen, method.gen_a, "--gen-a"), (method.s_type_gui, method.gui_a, "--gui-a")):
-        if kind == "beta" and a <= 0:
-            raise UserError(f"{name} {a}: a Beta's parameters are above 0")
+    _check_draw("gen", method.s_type_gen, (method.gen_a, method.gen_b), (DMDRConfig.gen_a, DMDRConfig.gen_b))
+    _check_draw("gui", method.s_type_gui, (method.gui_a, method.gui_b), (DMDRConfig.gui_a, DMDRConfig.gui_b))
     weights = reward_weights(method)
     on = {name: weight for name, (model, weight) in weights.items() if model}
     wanted = any(weight > 0 for _, weight in weights.values())
@@ -279,6 +278,16 @@ def _check_dmdr(run: Config, method: DMDRConfig) -> None:
     if method.dmd_weight == 0 and not any(on.values()):
         raise UserError(
             "--dmd-weight 0 without a reward trains nothing", "give a reward model and its weight, or --dmd-weight 1"
+        )
+
+
+def _check_draw(name: str, kind: str, parameters: tuple[float, float], defaults: tuple[float, float]) -> None:
+    if kind == "beta" and parameters[0] <= 0:
+        raise UserError(f"--{name}-a {parameters[0]}: a Beta's parameters are above 0")
+    if kind == "uniform" and parameters != defaults:
+        raise UserError(
+            f"--{name}-a and --{name}-b do nothing with --s-type-{name} uniform",
+            f"leave them out, or set --s-type-{name} beta or logit_normal",
         )
 
 
