@@ -10,11 +10,12 @@ setting exp-name           cold_start_sdxl_4step
 setting sample-num-steps   4
 setting dynamic-step       2000                   50
 setting s-type-gen         uniform
-setting s-type-gui         beta
-setting gui-a              4                      2
-setting gui-b              1.5                    4
+setting s-type-gui         beta               uniform
+setting gui-a              4                      -
+setting gui-b              1.5                    -
 setting batch-size         8                      32
-setting learning-rate-gen  1e-6                   5e-5
+setting learning-rate-gen  1e-6                   1e-4
+setting lr-scheduler       constant               cosine
 setting learning-rate-gui  5e-7                   1e-3
 setting max-train-steps    2000                   100
 setting cold-start-iter    2000                   100

@@ -13,9 +13,9 @@ setting resume-ckpt        "$STAGE_1/step-2000.pt"   "$STAGE_1/step-100.pt"
 setting sample-num-steps   4
 setting dynamic-step       2000                      50
 setting s-type-gen         uniform
-setting s-type-gui         beta
-setting gui-a              4                         2
-setting gui-b              1.5                       4
+setting s-type-gui         beta               uniform
+setting gui-a              4                         -
+setting gui-b              1.5                       -
 setting learning-rate-gen  5e-7                      2e-5
 setting learning-rate-gui  2e-7                      1e-3
 setting cold-start-iter    2000                      100
