@@ -14,3 +14,19 @@ setting cfg-f            1
 setting ratio-update     5                            2
 setting lr-warmup-steps  0                            10
 setting batch-size-test  2                            8
+
+one_step() { # conditioned at level 399, both dynamic strategies off
+  setting sample-num-steps  1
+  setting s-type-gui        uniform  beta
+  setting gui-a             -        2
+  setting gui-b             -        4
+}
+
+four_steps() { # dynamic guidance and dynamic renoise sampling
+  setting sample-num-steps  4
+  setting dynamic-step      2000     50
+  setting s-type-gen        uniform
+  setting s-type-gui        beta     uniform
+  setting gui-a             4        -
+  setting gui-b             1.5      -
+}

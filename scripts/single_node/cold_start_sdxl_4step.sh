@@ -5,14 +5,9 @@
 # shellcheck source=scripts/sdxl_dmdr.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/../sdxl_dmdr.sh"
 
+four_steps # these rows and those of the sourced file come first
 #       flag               published              tiny world
 setting exp-name           cold_start_sdxl_4step
-setting sample-num-steps   4
-setting dynamic-step       2000                   50
-setting s-type-gen         uniform
-setting s-type-gui         beta               uniform
-setting gui-a              4                      -
-setting gui-b              1.5                    -
 setting batch-size         8                      32
 setting learning-rate-gen  1e-6                   1e-4
 setting lr-scheduler       constant               cosine

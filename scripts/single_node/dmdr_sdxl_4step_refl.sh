@@ -7,15 +7,10 @@ source "$(dirname -- "${BASH_SOURCE[0]}")/../sdxl_rewards.sh"
 
 STAGE_1="${OUTPUT_DIR:-runs}/cold_start_sdxl_4step/checkpoints/torch_units"
 
+four_steps # these rows and those of the sourced file come first
 #       flag               published                 tiny world
 setting exp-name           dmdr_sdxl_4step_refl
 setting resume-ckpt        "$STAGE_1/step-2000.pt"   "$STAGE_1/step-100.pt"
-setting sample-num-steps   4
-setting dynamic-step       2000                      50
-setting s-type-gen         uniform
-setting s-type-gui         beta               uniform
-setting gui-a              4                         -
-setting gui-b              1.5                       -
 setting learning-rate-gen  5e-7                      2e-5
 setting learning-rate-gui  2e-7                      1e-3
 setting cold-start-iter    2000                      100

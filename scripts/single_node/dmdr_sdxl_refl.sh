@@ -7,13 +7,10 @@ source "$(dirname -- "${BASH_SOURCE[0]}")/../sdxl_rewards.sh"
 
 STAGE_1="${OUTPUT_DIR:-runs}/cold_start_sdxl/checkpoints/torch_units"
 
+one_step # these rows and those of the sourced file come first
 #       flag               published                 tiny world
 setting exp-name           dmdr_sdxl_refl
 setting resume-ckpt        "$STAGE_1/step-3000.pt"   "$STAGE_1/step-100.pt"
-setting sample-num-steps   1
-setting s-type-gui         uniform                   beta
-setting gui-a              -                         2
-setting gui-b              -                         4
 setting learning-rate-gen  5e-8                      2e-5
 setting learning-rate-gui  5e-8                      1e-3
 setting cold-start-iter    3000                      100
