@@ -11,5 +11,5 @@ setting mixed-precision         fp16                                      no
 setting use-8bit-adam           on                                        off
 setting gradient-checkpointing  on                                        off
 setting output-dir              runs
-setting teacher-cfg             7                                         3
+setting teacher-cfg             7                                         2
 setting seed                    30
