@@ -21,7 +21,7 @@ steps() { # NORMAL QUICK: how many steps a stage takes
 }
 ODE_STEPS="$(steps 350 100)"
 COLD_STEPS="$(steps 100 10)"
-DMDR_STEPS="$(steps 200 20)"
+DMDR_STEPS="$(steps 300 20)"
 
 stage scenes scenes
 stage pairs pairs "$NUM_PAIRS"

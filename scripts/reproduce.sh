@@ -10,7 +10,7 @@ TABLE="$WORK/evaluations.json" # a row a training seed; table.json has their mea
 source "$(dirname -- "${BASH_SOURCE[0]}")/tiny_world.sh"
 
 SEEDS=(30 31 32)
-ODE=350 COLD=100 DMDR=200 # steps at which the stages end
+ODE=350 COLD=100 DMDR=300 # steps at which the stages end
 
 records() { printf '%s/%s/checkpoints/torch_units/step-%d.pt' "$WORK" "$1" "$2"; } # RUN STEP
 stage2() { # FROM STEP EXP_NAME FLAGS...: a second stage of one step

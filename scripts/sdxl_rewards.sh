@@ -11,6 +11,6 @@ setting reward-hps-weight   0.3                                     1
 setting reward-margin       0.7                                     1.0
 setting magic-prompt        "Realistic photo"                       ""
 setting batch-size          4                                       32
-setting max-train-steps     4000                                    200
+setting max-train-steps     4000                                    300
 setting sample-steps        100                                     50
 setting checkpoint-steps    200                                     50

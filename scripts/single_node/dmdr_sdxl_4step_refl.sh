@@ -11,7 +11,8 @@ four_steps # these rows and those of the sourced file come first
 #       flag               published                 tiny world
 setting exp-name           dmdr_sdxl_4step_refl
 setting resume-ckpt        "$STAGE_1/step-2000.pt"   "$STAGE_1/step-100.pt"
-setting learning-rate-gen  5e-7                      2e-5
+setting learning-rate-gen  5e-7                      5e-5
+setting lr-scheduler       constant                  cosine
 setting learning-rate-gui  2e-7                      1e-3
 setting cold-start-iter    2000                      100
 launch "$@"

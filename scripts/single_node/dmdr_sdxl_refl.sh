@@ -11,7 +11,8 @@ one_step # these rows and those of the sourced file come first
 #       flag               published                 tiny world
 setting exp-name           dmdr_sdxl_refl
 setting resume-ckpt        "$STAGE_1/step-3000.pt"   "$STAGE_1/step-100.pt"
-setting learning-rate-gen  5e-8                      2e-5
+setting learning-rate-gen  5e-8                      5e-5
+setting lr-scheduler       constant                  cosine
 setting learning-rate-gui  5e-8                      1e-3
 setting cold-start-iter    3000                      100
 launch "$@"
