@@ -72,7 +72,7 @@ def child(plan_file: str) -> None:
     engine.Engine.close = lambda self: None  # the processes stay together for the next run
     if rank == 1:
         watch_writes(plan["root"], written)
-    dmd, flush = losses.dmd, train.log.RunLog.flush
+    dmd, flush, find = losses.dmd, train.log.RunLog.flush, train.find_checkpoint
     for name, arguments in plan["runs"]:
         if name == "skips":
             losses.dmd = poisoned(dmd, rank)
@@ -84,8 +84,10 @@ def child(plan_file: str) -> None:
                     os.kill(os.getpid(), signal.SIGTERM)
 
             train.log.RunLog.flush = interrupted
+        elif name == "divided" and rank == 1:
+            train.find_checkpoint = lambda cfg, folder: None
         codes[name] = main(arguments)
-        losses.dmd, train.log.RunLog.flush = dmd, flush
+        losses.dmd, train.log.RunLog.flush, train.find_checkpoint = dmd, flush, find
     state = engine.PartialState()
     result = {"codes": codes, "written": written, "world": state.num_processes, "backend": state.backend}
     Path(f"{plan_file}.{rank}").write_text(json.dumps(result))
@@ -112,6 +114,7 @@ def launched(tmp_path_factory, sdxl_folder, tiny_vae_folder, prompts_file, image
     runs = [(name, arguments(name, name)) for name in CASES]
     runs.append(("short", arguments("shared", "resumed", more="--max-train-steps 1")))
     runs.append(("resumed", arguments("shared", "resumed", more="--auto-resume")))
+    runs.append(("divided", arguments("shared", "resumed", more="--auto-resume --max-train-steps 3")))
     plan = root / "plan.json"
     plan.write_text(json.dumps({"root": str(root), "runs": runs}))
     command = [
@@ -136,7 +139,7 @@ def test_two_processes_ran(launched):
     for report in reports:
         assert report["world"] == 2
         assert report["backend"] == "gloo"
-        expected = dict.fromkeys((*CASES, "short", "resumed"), 0) | {"stopped": 75}
+        expected = dict.fromkeys((*CASES, "short", "resumed"), 0) | {"stopped": 75, "divided": 2}
         assert report["codes"] == expected
 
 
@@ -212,6 +215,13 @@ def test_resuming_two_processes_is_exact(launched):
 
     tiny.assert_same_checkpoint(launched[0] / "shared", launched[0] / "resumed", 2)
     tiny.assert_same_logs(launched[0] / "shared", launched[0] / "resumed")
+
+
+def test_processes_that_find_different_checkpoints_train_nothing(launched):
+    """As on machines without a common disk, where only the first has saved; the exit code is 2, see above."""
+    from train_t2i.checkpoint import RunFolder
+
+    assert RunFolder(launched[0] / "resumed").steps() == [2, 1]
 
 
 def test_a_launch_of_another_size_is_refused(launched, capsys):

@@ -370,6 +370,32 @@ def test_a_second_run_in_a_folder_is_refused(trainer, first):
     assert {path: (first / path).read_bytes() for path in tree(first) - {".exit_code"}} == before
 
 
+def test_a_stage_does_not_write_over_a_run(trainer, first):
+    """Launchers always name the stage before: a second start with other settings is no reason to lose the first."""
+    flags = f"--batch-size 1 --resume-ckpt {record(first, 2)} --max-train-steps 3"
+    stage = trainer.run("stage", flags)
+    before = {path: (stage / path).read_bytes() for path in tree(stage) - {".exit_code"}}
+    ended = trainer.ends("stage", f"{flags} --learning-rate-gen 1e-2")
+    assert ended.code == EXIT_USER
+    assert "already holds a run" in ended.err
+    assert {path: (stage / path).read_bytes() for path in tree(stage) - {".exit_code"}} == before
+
+
+def test_a_run_without_an_intact_checkpoint_is_not_started_anew(trainer, first):
+    record(first, 2).write_bytes(b"torn")
+    ended = trainer.ends("first", "--batch-size 1 --auto-resume")
+    assert ended.code == EXIT_USER
+    assert "no checkpoint of this run is intact" in ended.err
+    assert tiny.log_lines(first)
+
+
+def test_a_stage_without_a_step_to_make_is_refused(trainer, first):
+    ended = trainer.ends("stage", f"--batch-size 1 --resume-ckpt {record(first, 2)} --max-train-steps 2")
+    assert ended.code == EXIT_USER
+    assert "--max-train-steps 2" in ended.err
+    assert "above 2" in ended.err
+
+
 def test_a_finished_run_is_left_as_it_is(trainer, first):
     again = trainer.run("first", "--batch-size 1 --auto-resume")
     assert RunFolder(again).steps() == [2]

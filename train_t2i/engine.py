@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from train_t2i.errors import UserError
@@ -136,6 +137,10 @@ class Engine:
             dist.all_reduce(number, op=dist.ReduceOp.MAX)
             flag = number > 0
         return bool(flag)
+
+    def same_everywhere(self, text: str) -> bool:
+        """Whether every process has the same text."""
+        return self.world == 1 or len(set(gather_object([text]))) == 1
 
     def any_process(self, flag: bool) -> bool:
         return self._agree(torch.tensor(flag, device=self.device))

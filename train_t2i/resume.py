@@ -65,19 +65,24 @@ def checkpoint_record(run: Run) -> dict[str, Any]:
 
 
 def find_checkpoint(cfg: Config, folder: RunFolder) -> Path | None:
-    """The record to go on from.  With ``--auto-resume`` the run's own newest wins over another run's path."""
+    """The record to go on from.  With ``--auto-resume`` the run's own newest wins over another run's path.
+
+    A folder that holds a run is gone on with or left alone: no other run writes over it.
+    """
     own = folder.latest() if cfg.auto_resume or cfg.resume_ckpt == "latest" else None
     if own is not None:
         return own
     if cfg.resume_ckpt == "latest" and not cfg.auto_resume:
         raise UserError(f"--resume-ckpt latest: no complete checkpoint in {folder.root}", "leave it out to start anew")
-    if cfg.resume_ckpt in (None, "latest"):
-        return None
-    path = Path(str(cfg.resume_ckpt))
-    if not path.is_file():
+    path = None if cfg.resume_ckpt in (None, "latest") else Path(str(cfg.resume_ckpt))
+    if path is not None and not path.is_file():
         raise UserError(
             f"--resume-ckpt {path}: no such file", "give a run's checkpoints/torch_units/step-N.pt, or latest"
         )
+    if folder.steps() and (path is None or not owns(folder, path)):
+        if cfg.auto_resume:
+            raise UserError(f"{folder.root}: no checkpoint of this run is intact", "choose another --exp-name")
+        raise UserError(f"{folder.root} already holds a run", "go on with --auto-resume, or choose another --exp-name")
     return path
 
 
@@ -110,6 +115,11 @@ def check_resumable(settings: Settings, path: Path, folder: RunFolder, world: in
         raise UserError(
             f"--resume-ckpt {path}: made by --method {then['method']}, it has no {missing[0]} network to go on with",
             "start the generator from it instead: --xl-ode-pretrain-path (one step) or --generator-init",
+        )
+    if record["step"] >= settings.run.max_train_steps and not owns(folder, path):
+        raise UserError(
+            f"--max-train-steps {settings.run.max_train_steps}: {path} has them already",
+            f"set it above {record['step']}: steps are counted through the stages",
         )
     return record, list(told.values())
 

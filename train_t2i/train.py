@@ -24,6 +24,8 @@ from train_t2i.run import Run, State, StopRequest
 from train_t2i.sheet import SampleSheet, sheet_prompts
 from train_t2i.storage import FULL
 
+START: dict[str, Any] = {"step": 0, "manifest": {}}  # what a run without a checkpoint goes on from
+
 
 def learning_rate(settings: Settings, role: Role, step: int, first_step: int = 0) -> float:
     """A pure function of the step: warm-up from the stage's first step, then constant or a cosine to 0 at its last."""
@@ -107,9 +109,12 @@ def prepare(settings: Settings, folder: RunFolder, engine: Engine, stop: StopReq
     """Cheap checks first, then models, then the checkpoint."""
     cfg, kind = settings.run, METHODS[settings.run.method]
     resume_from = find_checkpoint(cfg, folder)
-    if resume_from is None and folder.steps():
-        raise UserError(f"{folder.root} already holds a run", "go on with --auto-resume, or choose another --exp-name")
-    record, told = check_resumable(settings, resume_from, folder, engine.world) if resume_from else ({"step": 0}, [])
+    record, told = check_resumable(settings, resume_from, folder, engine.world) if resume_from else (START, [])
+    if not engine.same_everywhere(json.dumps([record["step"], record["manifest"]], sort_keys=True)):
+        raise UserError(
+            f"the processes do not find the same checkpoint in {folder.root}",
+            "put --output-dir on a disk that all machines share",
+        )
     check_trains(settings, record["step"])
     found = build.check_rewards(settings.method)
     build.check_initial(cfg)
