@@ -26,7 +26,7 @@ ROOMS = {
     "schedule": set(),
     "randomness": set(),
     "sampling": {"schedule", "randomness"},
-    "networks": {"families.base", "schedule"},
+    "networks": {"families.base", "schedule", "config"},
     "families": {"schedule"},
     "methods": {"networks", "sampling", "losses", "schedule", "randomness", "families.base", "config"},
     "engine": set(),

@@ -34,6 +34,13 @@ def flag(
 
 METHOD_NAMES = ("dmdr", "ode", "sft")
 TIME_KINDS = ("uniform", "beta", "logit_normal")
+# layout -> role -> (module, its adapter)
+LAYOUTS: dict[str, dict[str, tuple[str, str | None]]] = {
+    "shared": {"generator": ("base", "generator"), "guidance": ("base", "guidance"), "teacher": ("base", None)},
+    "paired": {"generator": ("gen", None), "guidance": ("base", "guidance"), "teacher": ("base", None)},
+    "paired_lora": {"generator": ("gen", "generator"), "guidance": ("base", "guidance"), "teacher": ("base", None)},
+    "separate": {"generator": ("gen", None), "guidance": ("gui", None), "teacher": ("base", None)},
+}
 
 
 @dataclass(frozen=True)
@@ -60,7 +67,7 @@ class Config:
     layout: str = flag(
         "auto",
         "which roles share weights; auto: full generator paired, LoRA shared, LoRA on an initialised one paired_lora",
-        choices=("auto", "shared", "paired", "paired_lora", "separate"),
+        choices=("auto", *LAYOUTS),
     )
     # -- data
     data_path_train: str = flag(
