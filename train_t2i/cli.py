@@ -12,7 +12,8 @@ from typing import Any, NoReturn
 
 import yaml
 
-from train_t2i.config import METHOD_CONFIGS, METHOD_NAMES, Config, Settings, check, check_bounds, fields_of
+from train_t2i.config import METHOD_CONFIGS, METHOD_NAMES, Config, Settings, fields_of
+from train_t2i.config_checks import check, check_bounds
 from train_t2i.errors import UserError
 
 # diffusers' training scripts -> ours
