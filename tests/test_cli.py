@@ -188,25 +188,26 @@ def test_a_yaml_file_that_is_not_there():
         parse(["--config", "nowhere.yaml"])
 
 
-def test_a_dry_run_prints_settings_that_read_back_the_same(tmp_path, capsys):
-    flags = [
-        "--method",
-        "sft",
-        "--lr-scheduler",
-        "cosine",
-        "--exp-name",
-        "naïve: 1",
-        "--resolution",
-        "64x32",
-        "--seed",
-        "3",
-    ]
+DRY_RUNS = [
+    ["--method", "sft", "--lr-scheduler", "cosine", "--exp-name", "naïve: 1", "--resolution", "64x32", "--seed", "3"],
+    ["--method", "ode", "--use-lora-gen", "--sample-num-steps", "4", "--shift", "2.5", "--adam-epsilon", "1e-12"],
+    ["--hpsv2-reward-model", "a b", "--magic-prompt=", "--negative-prompt", "- no: 'x'", "--exp-name", "null"],
+]
+
+
+@pytest.mark.parametrize("flags", DRY_RUNS, ids=["sft", "ode", "dmdr"])
+def test_a_dry_run_prints_the_settings_of_the_same_run(tmp_path, capsys, flags):
+    """The printout, given as --config, trains what was rehearsed."""
     assert main(["train", *flags, "--dry-run"]) == EXIT_DONE
     printed = capsys.readouterr().out
-    assert yaml.safe_load(printed)["caption_dropout"] == 0.1
-    again = parse(["--config", settings_file(tmp_path, printed)])
-    expected = parse([*flags, "--dry-run"])
-    assert again == dataclasses.replace(expected, run=dataclasses.replace(expected.run, config=again.run.config))
+    assert not {"dry_run", "config"} & yaml.safe_load(printed).keys()
+    file = settings_file(tmp_path, printed)
+    expected = parse(flags)
+    assert parse(["--config", file]) == dataclasses.replace(
+        expected, run=dataclasses.replace(expected.run, config=file)
+    )
+    assert main(["train", "--config", file, "--dry-run"]) == EXIT_DONE
+    assert capsys.readouterr().out == printed
 
 
 def test_settings_survive_a_checkpoint():
