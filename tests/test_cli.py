@@ -326,6 +326,16 @@ def test_combinations_that_do_work(flags):
     parse(flags.split())
 
 
+@pytest.mark.parametrize("name", ["", " ", ".", "..", "../x", "a/b", "a/", "/abs", "a\\b", "a\nb"])
+def test_a_run_stays_inside_its_output_folder(capsys, name):
+    assert f"--exp-name {name!r}: not a plain folder name" in mistake(capsys, f"--exp-name={name}")
+
+
+@pytest.mark.parametrize("name", ["dmdr", "a.b", "...", "naïve run: 1", "-1"])
+def test_any_plain_name_is_a_run(name):
+    assert run_of(f"--exp-name={name}").exp_name == name
+
+
 # -- flags that act only beside others -------------------------------------------------------------------------------
 
 FEW = "--sample-num-steps 4"

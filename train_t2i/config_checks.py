@@ -96,6 +96,10 @@ def check(settings: Settings) -> None:
     unknown = set(run.report_to.split(",")) - {"jsonl", "wandb", "tensorboard"}
     if unknown:
         raise UserError(f"--report-to {','.join(sorted(unknown))}: unknown", "known: jsonl, wandb, tensorboard")
+    if not plain_name(run.exp_name):
+        raise UserError(
+            f"--exp-name {run.exp_name!r}: not a plain folder name", "name one folder; --output-dir says where it lies"
+        )
     _check_student(run)
     if isinstance(settings.method, DMDRConfig):
         _check_dmdr(run, settings.method)
@@ -117,6 +121,11 @@ def check_bounds(name: str, value: Any, limits: Any) -> None:
         raise UserError(f"{name} {value}: must be below {limits['below']}")
     if limits["high"] is not None and value > limits["high"]:
         raise UserError(f"{name} {value}: must be at most {limits['high']}")
+
+
+def plain_name(name: str) -> bool:
+    """Whether a folder of this name lies inside the one it is made in, and is not that one."""
+    return bool(name.strip()) and name not in (".", "..") and name.isprintable() and not {"/", "\\"} & set(name)
 
 
 def _flag(name: str) -> str:
