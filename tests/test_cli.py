@@ -418,6 +418,12 @@ def test_every_layout_can_be_chosen_and_timed():
     assert BenchmarkConfig().layouts.split(",") == list(LAYOUTS)
 
 
+@pytest.mark.parametrize("verb", ["pairs", "sample", "evaluate"])
+def test_a_seed_leaves_room_for_the_images_after_the_first(capsys, verb):
+    assert main([verb, "--seed", str(2**62 + 1)]) == EXIT_USER
+    assert f"--seed {2**62 + 1}: must be at most {2**62}" in capsys.readouterr().err
+
+
 def test_verbs(capsys):
     assert main(["fly"]) == EXIT_USER
     assert "fly: unknown verb" in capsys.readouterr().err
