@@ -5,11 +5,9 @@ source "$(dirname -- "${BASH_SOURCE[0]}")/launch.sh"
 
 #       flag                    published                                 tiny world
 setting pretrained-model        stabilityai/stable-diffusion-xl-base-1.0  "$CHECKPOINTS/tiny-sdxl"
-setting tiny-vae                madebyollin/taesdxl                       -
 setting resolution              1024                                      64
 setting mixed-precision         fp16                                      no
 setting use-8bit-adam           on                                        off
 setting gradient-checkpointing  on                                        off
 setting output-dir              runs
-setting teacher-cfg             7                                         2
 setting seed                    30

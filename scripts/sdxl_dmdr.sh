@@ -8,12 +8,12 @@ setting method           dmdr
 setting data-path-train  t2i-2m-filtered-prompts.txt  runs/prompts.txt
 setting lora-rank        32                           16
 setting lora-scale-f     2.0
-setting lora-scale-r     0.5
 setting cfg-r            7                            1.5
 setting cfg-f            1
 setting ratio-update     5                            2
 setting lr-warmup-steps  0                            10
 setting batch-size-test  2                            8
+setting teacher-cfg      7                            2
 
 one_step() { # conditioned at level 399, both dynamic strategies off
   setting sample-num-steps  1
@@ -25,6 +25,7 @@ one_step() { # conditioned at level 399, both dynamic strategies off
 four_steps() { # dynamic guidance and dynamic renoise sampling
   setting sample-num-steps  4
   setting dynamic-step      2000     50
+  setting lora-scale-r      0.5
   setting s-type-gen        uniform
   setting s-type-gui        beta     uniform
   setting gui-a             4        -

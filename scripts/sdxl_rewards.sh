@@ -6,6 +6,7 @@ source "$(dirname -- "${BASH_SOURCE[0]}")/sdxl_dmdr.sh"
 #       flag                published                               tiny world
 setting clip-reward-model   "$CHECKPOINTS/Apple_CLIP-H-14-224.bin"  "$CHECKPOINTS/tiny-clip"
 setting hpsv2-reward-model  "$CHECKPOINTS/HPS_v2.1_compressed.pt"   "$CHECKPOINTS/tiny-hps"
+setting tiny-vae            madebyollin/taesdxl                     -
 setting reward-clip-weight  0.3                                     1
 setting reward-hps-weight   0.3                                     1
 setting reward-margin       0.7                                     1.0

@@ -54,7 +54,7 @@ evaluate() { # NAME FLAGS...: one row of $TABLE
     --held-out-model "$CHECKPOINTS/tiny-clip-heldout" --reference "$WORK/reference/metadata.csv" --save-images "$WORK/grids"
 }
 
-TEACHER_CFG="$(sed -n 's/^setting teacher-cfg  *[^ ]*  *\([^ ]*\).*/\1/p' "$SETUP_ROOT/scripts/sdxl.sh")"
+TEACHER_CFG="$(sed -n 's/^setting teacher-cfg  *[^ ]*  *\([^ ]*\).*/\1/p' "$SETUP_ROOT/scripts/sdxl_dmdr.sh")"
 
 evaluate_teacher() {
   evaluate teacher --teacher --pretrained-model "$CHECKPOINTS/tiny-sdxl" --teacher-num-steps 25 \

@@ -138,15 +138,16 @@ def models_from_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def flags_of(root: Path, sdxl: Path, tiny_vae: Path, prompts: Path, images: Path, pairs: Path) -> dict[str, str]:
-    """The flags of a tiny run: of all methods, and of each."""
+    """The flags of a tiny run: of all methods, of each, and of rewards."""
     return {
         "all": f"--pretrained-model {sdxl} --output-dir {root} --resolution 32 --mixed-precision no "
-        "--batch-size 2 --batch-size-test 2 --lora-rank 2 --learning-rate-gen 1e-3 --sample-steps 0 "
-        "--checkpoint-steps 0 --max-train-steps 2 --teacher-num-steps 2 --num-workers 0",
-        "dmdr": f"--method dmdr --data-path-train {prompts} --tiny-vae {tiny_vae} --learning-rate-gui 1e-3 "
-        "--ratio-update 2 --cold-start-iter 1000 --cfg-r 3",
+        "--batch-size 2 --batch-size-test 2 --learning-rate-gen 1e-3 --sample-steps 0 "
+        "--checkpoint-steps 0 --max-train-steps 2",
+        "dmdr": f"--method dmdr --data-path-train {prompts} --lora-rank 2 --learning-rate-gui 1e-3 --ratio-update 2 "
+        "--cold-start-iter 1000 --cfg-r 3 --teacher-num-steps 2",
         "ode": f"--method ode --data-path-train {pairs}",
-        "sft": f"--method sft --data-path-train {images}",
+        "sft": f"--method sft --data-path-train {images} --teacher-num-steps 2 --num-workers 0",
+        "rewards": f"--tiny-vae {tiny_vae}",
     }
 
 
@@ -168,7 +169,8 @@ class Trainer:
     say: Callable[[], tuple[str, str]]
 
     def arguments(self, name: str, more: str = "", method: str = "dmdr") -> list[str]:
-        return shlex.split(f"train {self.flags['all']} {self.flags[method]} --exp-name {name} {more}")
+        rewards = self.flags["rewards"] if "-reward-model" in more else ""
+        return shlex.split(f"train {self.flags['all']} {self.flags[method]} {rewards} --exp-name {name} {more}")
 
     def ends(self, name: str, more: str = "", method: str = "dmdr") -> Ended:
         """Run to its end, whatever that is."""

@@ -26,7 +26,7 @@ ROOMS = {
     "schedule": set(),
     "randomness": set(),
     "sampling": {"schedule", "randomness"},
-    "networks": {"families.base", "schedule"},
+    "networks": {"families.base", "schedule", "config"},
     "families": {"schedule"},
     "methods": {"networks", "sampling", "losses", "schedule", "randomness", "families.base", "config"},
     "engine": set(),
@@ -48,7 +48,13 @@ ROOMS = {
     "shapes": set(),
 }
 # modules that belong to a room of another name, and keep its rules
-ANNEXES = {"cli": "config", "storage": "checkpoint", "optimizer_state": "checkpoint", "tables": "data"}
+ANNEXES = {
+    "cli": "config",
+    "config_checks": "config",
+    "storage": "checkpoint",
+    "optimizer_state": "checkpoint",
+    "tables": "data",
+}
 # room -> the third-party packages it may import; a room that is not named may import any that is not reserved.
 LIBRARIES = {
     "errors": set(),

@@ -52,13 +52,13 @@ def equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bo
 
 CASES = {
     "ode": ("ode", "--sample-num-steps 2"),
-    "ode-lora": ("ode", "--use-lora-gen --gradient-accumulation-steps 2"),
+    "ode-lora": ("ode", "--use-lora-gen --lora-rank 2 --gradient-accumulation-steps 2"),
     "sft": ("sft", "--caption-dropout 0.5 --cache-rows --lr-scheduler cosine --lr-warmup-steps 2"),
     # cold start to step 2, rewards from then on
     "paired": ("dmdr", RL),
     "shared": ("dmdr", RL + " --use-lora-gen --gradient-accumulation-steps 2 --sample-num-steps 2 --dynamic-step 3"),
     "paired_lora": ("dmdr", RL + " --use-lora-gen --layout paired_lora --generator-init {unet} --s-type-gui beta"),
-    "separate": ("dmdr", RL + " --layout separate --gradient-checkpointing --lora-scale-r 0"),
+    "separate": ("dmdr", RL + " --layout separate --lora-rank 32 --gradient-checkpointing"),
 }
 
 
@@ -127,7 +127,7 @@ def test_a_stage_takes_weights_optimizers_and_counters_but_not_the_rates(trainer
     ("more", "named"),
     [
         ("--use-lora-gen", "use_lora_gen"),
-        ("--layout separate --lora-scale-r 0", "layout"),
+        ("--layout separate --lora-rank 32", "layout"),
         ("--lora-rank 4", "lora_rank"),
         ("--sample-num-steps 4", "sample_num_steps"),
     ],

@@ -108,7 +108,7 @@ def test_a_run_whose_base_model_has_moved(runs, tmp_path, sdxl_folder, sdxl_fold
         load_student(str(runs["one"]), pretrained_model=str(sdxl_folder_2))
 
 
-def test_images_need_none_of_the_files_that_training_needed(tmp_path, sdxl_folder, prompts_file, runs):
+def test_images_need_none_of_the_files_that_training_needed(tmp_path, sdxl_folder, prompts_file, runs, towers):
     import shutil
 
     import tiny
@@ -118,7 +118,8 @@ def test_images_need_none_of_the_files_that_training_needed(tmp_path, sdxl_folde
     decoder = tiny.save_tiny_vae(tmp_path / "decoder")
     start = tmp_path / "start"
     shutil.copytree(runs["one"], start)
-    more = f"--tiny-vae {decoder} --generator-init {start}/checkpoints/torch_units/step-2.pt"
+    rewards = f"--tiny-vae {decoder} --clip-reward-model {towers['clip']}"
+    more = f"{rewards} --generator-init {start}/checkpoints/torch_units/step-2.pt"
     run = tiny_runs.train(tmp_path, "run", more, model=sdxl_folder, prompts=prompts_file)
     shutil.rmtree(decoder)
     shutil.rmtree(start)

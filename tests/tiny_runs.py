@@ -5,7 +5,10 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-DMDR = "--learning-rate-gui 1e-3 --ratio-update 2 --cold-start-iter 1000 --cfg-r 3"
+METHODS = {
+    "dmdr": "--lora-rank 2 --learning-rate-gui 1e-3 --ratio-update 2 --cold-start-iter 1000 --cfg-r 3",
+    "sft": "--num-workers 0",
+}
 
 
 def train(root: Path, name: str, more: str = "", method: str = "dmdr", *, model: Path, prompts: Path) -> Path:
@@ -14,9 +17,9 @@ def train(root: Path, name: str, more: str = "", method: str = "dmdr", *, model:
 
     flags = (
         f"train --pretrained-model {model} --output-dir {root} --exp-name {name} --resolution 32 --mixed-precision no "
-        f"--data-path-train {prompts} --batch-size 2 --batch-size-test 2 --learning-rate-gen 1e-3 --lora-rank 2 "
-        f"--teacher-num-steps 2 --max-train-steps 2 --checkpoint-steps 1 --sample-steps 1 --num-workers 0 "
-        f"--method {method} {DMDR if method == 'dmdr' else ''} {more}"
+        f"--data-path-train {prompts} --batch-size 2 --batch-size-test 2 --learning-rate-gen 1e-3 "
+        f"--teacher-num-steps 2 --max-train-steps 2 --checkpoint-steps 1 --sample-steps 1 "
+        f"--method {method} {METHODS[method]} {more}"
     )
     assert main(shlex.split(flags)) == 0
     return root / name

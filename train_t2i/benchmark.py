@@ -25,7 +25,7 @@ import torch
 
 from train_t2i import build
 from train_t2i.cli import parse_verb
-from train_t2i.config import Config, DMDRConfig, Settings, flag
+from train_t2i.config import LAYOUTS, Config, DMDRConfig, Settings, flag
 from train_t2i.engine import DTYPES, AdamSettings, Engine
 from train_t2i.errors import EXIT_DONE, UserError
 from train_t2i.feed import Feed, Prompts
@@ -33,8 +33,6 @@ from train_t2i.full_size import random_sdxl, random_vit_h_14
 from train_t2i.methods import METHODS, Method
 from train_t2i.methods.base import Clock
 from train_t2i.networks import Networks
-
-LAYOUTS = ("shared", "paired", "paired_lora", "separate")
 
 
 @dataclass(frozen=True)
@@ -102,7 +100,7 @@ class Bench:
 def settings_of(config: BenchmarkConfig, layout: str, checkpointing: bool) -> Settings:
     run = Config(
         pretrained_model=config.pretrained_model, tiny_vae=config.tiny_vae, resolution=config.resolution,
-        sample_num_steps=config.sample_num_steps, layout=layout, use_lora_gen=layout in ("shared", "paired_lora"),
+        sample_num_steps=config.sample_num_steps, layout=layout, use_lora_gen=LAYOUTS[layout]["generator"][1] is not None,
         lora_rank=config.lora_rank, batch_size=config.batch_size, mixed_precision=config.mixed_precision,
         gradient_checkpointing=checkpointing,
     )  # fmt: skip

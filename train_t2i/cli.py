@@ -12,7 +12,8 @@ from typing import Any, NoReturn
 
 import yaml
 
-from train_t2i.config import METHOD_CONFIGS, METHOD_NAMES, Config, Settings, check, check_bounds, fields_of
+from train_t2i.config import METHOD_CONFIGS, METHOD_NAMES, Config, Settings, fields_of
+from train_t2i.config_checks import check, check_bounds
 from train_t2i.errors import UserError
 
 # diffusers' training scripts -> ours
@@ -138,10 +139,14 @@ def parse(arguments: Sequence[str]) -> Settings:
 
 
 def rehearse(arguments: Sequence[str]) -> bool:
-    """Parse and check; ``--dry-run`` prints the settings and is True: there is nothing more to do."""
+    """Parse and check; ``--dry-run`` prints the settings and is True: there is nothing more to do.
+
+    The printout is a file for ``--config``: the flags that made it are no part of it, or it could never train.
+    """
     settings = parse(arguments)
     if settings.run.dry_run:
-        print(yaml.safe_dump(settings.as_dict(), sort_keys=False, allow_unicode=True), end="")
+        printed = {name: value for name, value in settings.as_dict().items() if name not in ("dry_run", "config")}
+        print(yaml.safe_dump(printed, sort_keys=False, allow_unicode=True), end="")
     return settings.run.dry_run
 
 

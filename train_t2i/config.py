@@ -34,6 +34,13 @@ def flag(
 
 METHOD_NAMES = ("dmdr", "ode", "sft")
 TIME_KINDS = ("uniform", "beta", "logit_normal")
+# layout -> role -> (module, its adapter)
+LAYOUTS: dict[str, dict[str, tuple[str, str | None]]] = {
+    "shared": {"generator": ("base", "generator"), "guidance": ("base", "guidance"), "teacher": ("base", None)},
+    "paired": {"generator": ("gen", None), "guidance": ("base", "guidance"), "teacher": ("base", None)},
+    "paired_lora": {"generator": ("gen", "generator"), "guidance": ("base", "guidance"), "teacher": ("base", None)},
+    "separate": {"generator": ("gen", None), "guidance": ("gui", None), "teacher": ("base", None)},
+}
 
 
 @dataclass(frozen=True)
@@ -60,7 +67,7 @@ class Config:
     layout: str = flag(
         "auto",
         "which roles share weights; auto: full generator paired, LoRA shared, LoRA on an initialised one paired_lora",
-        choices=("auto", "shared", "paired", "paired_lora", "separate"),
+        choices=("auto", *LAYOUTS),
     )
     # -- data
     data_path_train: str = flag(
@@ -69,7 +76,6 @@ class Config:
     batch_size: int = flag(8, "rows a process and micro-batch", low=1)
     batch_size_test: int = flag(2, "number of sample images", resume="free", low=1)
     sample_prompts: str | None = flag(None, "file of prompts for the sample images (default: the first)", resume="free")
-    num_workers: int = flag(4, "processes that read images (sft)", resume="free", low=0)
     # -- optimisation
     learning_rate_gen: float = flag(1e-7, "learning rate of the generator", low=0)
     lr_scheduler: str = flag("constant", "shape of the rates over --max-train-steps", choices=("constant", "cosine"))
@@ -145,6 +151,7 @@ class SFTConfig:
 
     caption_dropout: float = flag(0.1, "share of rows trained without their caption", low=0, high=1)
     cache_rows: bool = flag(False, "keep every row's latent and conditioning in memory after its first use")
+    num_workers: int = flag(4, "processes that read images", resume="free", low=0)
 
 
 METHOD_CONFIGS: dict[str, type[Any]] = {"dmdr": DMDRConfig, "ode": ODEConfig, "sft": SFTConfig}
@@ -191,44 +198,6 @@ def fields_of(method: str) -> dict[str, dataclasses.Field]:
     return {f.name: f for kind in (Config, METHOD_CONFIGS[method]) for f in dataclasses.fields(kind)}
 
 
-def check(settings: Settings) -> None:
-    """Raise a UserError that names the flag and the fix, for values out of bounds and combinations that cannot work."""
-    values = settings.as_dict()
-    for name, field in fields_of(settings.run.method).items():
-        check_bounds("--" + name.replace("_", "-"), values[name], field.metadata)
-    height, width = settings.size_px
-    run = settings.run
-    if height % 8 or width % 8:
-        raise UserError(
-            f"--resolution {run.resolution}: sides must be multiples of 8", "the VAE halves them three times"
-        )
-    unknown = set(run.report_to.split(",")) - {"jsonl", "wandb", "tensorboard"}
-    if unknown:
-        raise UserError(f"--report-to {','.join(sorted(unknown))}: unknown", "known: jsonl, wandb, tensorboard")
-    if run.sample_num_steps == 1 and run.shift != 1:
-        raise UserError("--shift has no effect on one step", "leave it out, or set --sample-num-steps above 1")
-    _check_student(run)
-    if run.method == "dmdr":
-        _check_dmdr(run, settings.method)
-
-
-def check_bounds(name: str, value: Any, limits: Any) -> None:
-    if limits["choices"] and value not in limits["choices"]:
-        raise UserError(f"{name} {value}: unknown", f"one of {', '.join(limits['choices'])}")
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        return
-    if value != value or value in (float("inf"), float("-inf")):
-        raise UserError(f"{name} {value}: not a finite number")
-    if limits["low"] is not None and value < limits["low"]:
-        raise UserError(f"{name} {value}: must be at least {limits['low']}")
-    if limits["above"] is not None and value <= limits["above"]:
-        raise UserError(f"{name} {value}: must be above {limits['above']}")
-    if limits["below"] is not None and value >= limits["below"]:
-        raise UserError(f"{name} {value}: must be below {limits['below']}")
-    if limits["high"] is not None and value > limits["high"]:
-        raise UserError(f"{name} {value}: must be at most {limits['high']}")
-
-
 def resolved_layout(run: Config) -> str:
     """The layout that ``auto`` stands for."""
     if run.layout != "auto":
@@ -236,59 +205,6 @@ def resolved_layout(run: Config) -> str:
     if not run.use_lora_gen:
         return "paired"
     return "paired_lora" if run.generator_init or run.xl_ode_pretrain_path else "shared"
-
-
-def _check_student(run: Config) -> None:
-    layout = resolved_layout(run)
-    if run.use_lora_gen != (layout in ("shared", "paired_lora")):
-        wanted = "needs" if layout in ("shared", "paired_lora") else "does not go with"
-        raise UserError(f"--layout {layout} {wanted} --use-lora-gen", "or leave --layout at auto")
-    if layout == "shared" and (run.generator_init or run.xl_ode_pretrain_path):
-        source = "--generator-init" if run.generator_init else "--xl-ode-pretrain-path"
-        raise UserError(
-            f"--layout shared cannot take {source}", "the teacher shares its weights: use --layout paired_lora"
-        )
-    if run.xl_ode_pretrain_path and run.generator_init:
-        raise UserError("--generator-init and --xl-ode-pretrain-path both initialise the generator", "give one")
-    if run.xl_ode_pretrain_path and run.sample_num_steps != 1:
-        raise UserError("--xl-ode-pretrain-path is the start of a one-step student", "use --generator-init")
-
-
-def _check_dmdr(run: Config, method: DMDRConfig) -> None:
-    one_step_only = {"--dynamic-step": method.dynamic_step > 0, "--s-type-gen": method.s_type_gen != "uniform"}
-    for name, given in one_step_only.items():
-        if run.sample_num_steps == 1 and given:
-            raise UserError(f"{name} is off for a one-step student", "leave it out, or set --sample-num-steps above 1")
-    if resolved_layout(run) == "separate" and method.dynamic_step and method.lora_scale_r:
-        raise UserError(
-            "--layout separate: the teacher has no guidance adapter to borrow",
-            "set --lora-scale-r 0 or --layout paired",
-        )
-    _check_draw("gen", method.s_type_gen, (method.gen_a, method.gen_b), (DMDRConfig.gen_a, DMDRConfig.gen_b))
-    _check_draw("gui", method.s_type_gui, (method.gui_a, method.gui_b), (DMDRConfig.gui_a, DMDRConfig.gui_b))
-    weights = reward_weights(method)
-    on = {name: weight for name, (model, weight) in weights.items() if model}
-    wanted = any(weight > 0 for _, weight in weights.values())
-    if not on and wanted and method.cold_start_iter < run.max_train_steps:
-        raise UserError(
-            f"rewards begin at step {method.cold_start_iter} but no reward model is given",
-            "give --clip-reward-model or --hpsv2-reward-model, or set both reward weights to 0, "
-            "or --cold-start-iter to --max-train-steps",
-        )
-    if method.dmd_weight == 0 and not any(on.values()):
-        raise UserError(
-            "--dmd-weight 0 without a reward trains nothing", "give a reward model and its weight, or --dmd-weight 1"
-        )
-
-
-def _check_draw(name: str, kind: str, parameters: tuple[float, float], defaults: tuple[float, float]) -> None:
-    if kind == "beta" and parameters[0] <= 0:
-        raise UserError(f"--{name}-a {parameters[0]}: a Beta's parameters are above 0")
-    if kind == "uniform" and parameters != defaults:
-        raise UserError(
-            f"--{name}-a and --{name}-b do nothing with --s-type-{name} uniform",
-            f"leave them out, or set --s-type-{name} beta or logit_normal",
-        )
 
 
 def reward_weights(method: DMDRConfig) -> dict[str, tuple[str | None, float]]:

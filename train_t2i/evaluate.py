@@ -40,7 +40,7 @@ class EvaluateConfig(ModelChoice):
 
     prompts: str = flag("", "file of prompts")
     count: int = flag(500, "prompts to use, from the first", low=2)
-    seed: int = flag(1000, "image i is made with seed + i", low=0)
+    seed: int = flag(1000, "image i is made with seed + i", low=0, high=2**62)
     batch_size: int = flag(50, "images a batch", low=1)
     name: str | None = flag(None, "name of the model in the table (one model; default: RUN@STEP, or teacher)")
     scorer: str | None = flag(None, "adherence, module:function, (images (B,3,H,W) in [0,1], prompts) -> (B,)")

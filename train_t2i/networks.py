@@ -18,18 +18,12 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from train_t2i.config import LAYOUTS
 from train_t2i.errors import UserError
 from train_t2i.families.base import Cond, Family
 from train_t2i.schedule import per_row
 
 Role = Literal["generator", "guidance", "teacher"]
-
-LAYOUTS: dict[str, dict[str, tuple[str, str | None]]] = {
-    "shared": {"generator": ("base", "generator"), "guidance": ("base", "guidance"), "teacher": ("base", None)},
-    "paired": {"generator": ("gen", None), "guidance": ("base", "guidance"), "teacher": ("base", None)},
-    "paired_lora": {"generator": ("gen", "generator"), "guidance": ("base", "guidance"), "teacher": ("base", None)},
-    "separate": {"generator": ("gen", None), "guidance": ("gui", None), "teacher": ("base", None)},
-}
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ class PairsConfig:
     batch_size: int = flag(8, "rows a batch", low=1)
     shard_size: int = flag(256, "rows a file", low=1)
     mixed_precision: str = flag("fp16", "number format of the network calls", choices=("no", "fp16", "bf16"))
-    seed: int = flag(30, "seed of the order of prompts and of the first row", low=0)
+    seed: int = flag(30, "seed of the order of prompts and of the first row", low=0, high=2**62)
     images: bool = flag(False, "write the decoded images too")
 
 

@@ -35,7 +35,7 @@ class SampleConfig(ModelChoice):
     prompts: str | None = flag(None, "file of prompts")
     prompt: str | None = flag(None, "one prompt instead of a file; --count images of it")
     count: int = flag(8, "images in all: the first prompts of the file, or seeds of the one prompt", low=1)
-    seed: int = flag(0, "image i is made with seed + i", low=0)
+    seed: int = flag(0, "image i is made with seed + i", low=0, high=2**62)
     batch_size: int = flag(8, "images a batch", low=1)
     out: str = flag("samples", "folder to write")
 

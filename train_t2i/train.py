@@ -133,7 +133,7 @@ def prepare(settings: Settings, folder: RunFolder, engine: Engine, stop: StopReq
     method = build.build_method(settings, networks, engine.device, terms)
     for role in kind.trains:
         engine.prepare(role, networks.parameters(role), adam_settings(settings, role))
-    workers = cfg.num_workers if kind.data == "images" else 0
+    workers = settings.method.num_workers if kind.data == "images" else 0
     feed = Feed(data, cfg.seed, cfg.batch_size, cfg.gradient_accumulation_steps, engine.rank, engine.world, workers)
     quiet_log = log.RunLog(folder.root, method.columns, is_main=False)
     run = Run(settings, folder, engine, networks, method, feed, quiet_log, SampleSheet.none(), State(), stop)

@@ -1,0 +1,186 @@
+"""What a run's settings must hold: every value within its bounds, nothing that cannot work, nothing that does nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+from train_t2i.config import LAYOUTS, Config, DMDRConfig, Settings, fields_of, resolved_layout, reward_weights
+from train_t2i.errors import UserError
+
+Values = Any  # every setting of a run by name, its layout resolved
+
+
+@dataclass(frozen=True)
+class Acts:
+    """A flag, when it acts, and what a user is told where it does not."""
+
+    name: str
+    when: Callable[[Values], bool]
+    otherwise: str  # "--NAME does nothing ..."
+    way_out: str  # "leave it out, or ..."
+
+
+def _few_steps(v: Values) -> bool:
+    return v.method != "sft" and v.sample_num_steps > 1
+
+
+def _rewarded(v: Values) -> bool:
+    return v.method == "dmdr" and bool(v.clip_reward_model or v.hpsv2_reward_model)
+
+
+def _guidance_is_lora(v: Values) -> bool:
+    return v.method == "dmdr" and LAYOUTS[v.layout]["guidance"][1] is not None
+
+
+ONE_STEP = ("on one step", "distil (dmdr, ode) with --sample-num-steps above 1")
+NO_TEACHER = (
+    "with --method ode, which runs no teacher",
+    "give it to python -m train_t2i pairs (--num-inference-steps, --cfg-scale)",
+)
+NO_REWARD = ("without a reward model", "give --clip-reward-model or --hpsv2-reward-model (--method dmdr)")
+NO_CLIP = ("without --clip-reward-model", "give that model")
+NO_HPS = ("without --hpsv2-reward-model", "give that model")
+UNIFORM_GEN = ("with --s-type-gen uniform", "set --s-type-gen beta or logit_normal")
+UNIFORM_GUI = ("with --s-type-gui uniform", "set --s-type-gui beta or logit_normal")
+
+# Flags that act only beside others.  A part that is switched off for a while by a flag of its own (--sample-steps 0,
+# --dmd-weight 0, --cold-start-iter at the last step, a reward's weight 0) does not make its settings wrong.
+CONDITIONAL = (
+    Acts("sample_num_steps", lambda v: v.method != "sft", "with --method sft", "set --teacher-num-steps"),
+    Acts("shift", _few_steps, *ONE_STEP),
+    Acts("lora_rank", lambda v: v.use_lora_gen or _guidance_is_lora(v), "where nothing trained is a LoRA", "give --use-lora-gen"),
+    Acts("tiny_vae", _rewarded, *NO_REWARD),
+    Acts("teacher_num_steps", lambda v: v.method != "ode", *NO_TEACHER),
+    Acts("teacher_cfg", lambda v: v.method != "ode", *NO_TEACHER),
+    Acts("lora_scale_f", _guidance_is_lora, "with --layout separate, which has no guidance adapter", "choose another --layout"),
+    Acts("lora_scale_r", lambda v: v.dynamic_step > 0, "with --dynamic-step 0", "set --dynamic-step (more than one step)"),
+    Acts("dynamic_step", _few_steps, *ONE_STEP),
+    Acts(
+        "dynamic_step",
+        lambda v: v.lora_scale_r > 0 or "beta" in (v.s_type_gen, v.s_type_gui),
+        "with --lora-scale-r 0 and no times drawn from a beta",
+        "set --s-type-gui beta",
+    ),
+    Acts("s_type_gen", _few_steps, *ONE_STEP),
+    Acts("gen_a", lambda v: v.s_type_gen != "uniform", *UNIFORM_GEN),
+    Acts("gen_b", lambda v: v.s_type_gen != "uniform", *UNIFORM_GEN),
+    Acts("gui_a", lambda v: v.s_type_gui != "uniform", *UNIFORM_GUI),
+    Acts("gui_b", lambda v: v.s_type_gui != "uniform", *UNIFORM_GUI),
+    Acts(
+        "negative_prompt",
+        lambda v: v.cfg_r > 1 or v.cfg_f > 1 or (v.teacher_cfg > 1 and v.sample_steps > 0),
+        "without guidance, neither in the scores nor in the teacher's sample images",
+        "set --cfg-r above 1",
+    ),
+    Acts("reward_clip_weight", lambda v: v.clip_reward_model or v.reward_clip_weight == 0, *NO_CLIP),
+    Acts("reward_hps_weight", lambda v: v.hpsv2_reward_model or v.reward_hps_weight == 0, *NO_HPS),
+    Acts("reward_margin", _rewarded, *NO_REWARD),
+    Acts("magic_prompt", lambda v: v.hpsv2_reward_model, *NO_HPS),
+)  # fmt: skip
+
+
+def check(settings: Settings) -> None:
+    """Raise a UserError that names the flag and the fix, for values out of bounds, combinations that cannot work and
+    flags that do nothing."""
+    run, values = settings.run, settings.as_dict()
+    for name, field in fields_of(run.method).items():
+        check_bounds(_flag(name), values[name], field.metadata)
+    height, width = settings.size_px
+    if height % 8 or width % 8:
+        raise UserError(
+            f"--resolution {run.resolution}: sides must be multiples of 8", "the VAE halves them three times"
+        )
+    unknown = set(run.report_to.split(",")) - {"jsonl", "wandb", "tensorboard"}
+    if unknown:
+        raise UserError(f"--report-to {','.join(sorted(unknown))}: unknown", "known: jsonl, wandb, tensorboard")
+    if not plain_name(run.exp_name):
+        raise UserError(
+            f"--exp-name {run.exp_name!r}: not a plain folder name", "name one folder; --output-dir says where it lies"
+        )
+    _check_student(run)
+    if isinstance(settings.method, DMDRConfig):
+        _check_dmdr(run, settings.method)
+    _check_acts(settings)
+
+
+def check_bounds(name: str, value: Any, limits: Any) -> None:
+    if limits["choices"] and value not in limits["choices"]:
+        raise UserError(f"{name} {value}: unknown", f"one of {', '.join(limits['choices'])}")
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return
+    if value != value or value in (float("inf"), float("-inf")):
+        raise UserError(f"{name} {value}: not a finite number")
+    if limits["low"] is not None and value < limits["low"]:
+        raise UserError(f"{name} {value}: must be at least {limits['low']}")
+    if limits["above"] is not None and value <= limits["above"]:
+        raise UserError(f"{name} {value}: must be above {limits['above']}")
+    if limits["below"] is not None and value >= limits["below"]:
+        raise UserError(f"{name} {value}: must be below {limits['below']}")
+    if limits["high"] is not None and value > limits["high"]:
+        raise UserError(f"{name} {value}: must be at most {limits['high']}")
+
+
+def plain_name(name: str) -> bool:
+    """Whether a folder of this name lies inside the one it is made in, and is not that one."""
+    return bool(name.strip()) and name not in (".", "..") and name.isprintable() and not {"/", "\\"} & set(name)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _check_acts(settings: Settings) -> None:
+    """A value other than its default must do something: the defaults are what a published line may always spell out."""
+    fields, given = fields_of(settings.run.method), settings.as_dict()
+    values = SimpleNamespace(**given | {"layout": resolved_layout(settings.run)})
+    for rule in CONDITIONAL:
+        if rule.name in fields and given[rule.name] != fields[rule.name].default and not rule.when(values):
+            raise UserError(f"{_flag(rule.name)} does nothing {rule.otherwise}", f"leave it out, or {rule.way_out}")
+
+
+def _check_student(run: Config) -> None:
+    layout = resolved_layout(run)
+    is_lora = LAYOUTS[layout]["generator"][1] is not None
+    if run.use_lora_gen != is_lora:
+        wanted = "needs" if is_lora else "does not go with"
+        raise UserError(f"--layout {layout} {wanted} --use-lora-gen", "or leave --layout at auto")
+    if layout == "shared" and (run.generator_init or run.xl_ode_pretrain_path):
+        source = "--generator-init" if run.generator_init else "--xl-ode-pretrain-path"
+        raise UserError(
+            f"--layout shared cannot take {source}", "the teacher shares its weights: use --layout paired_lora"
+        )
+    if run.xl_ode_pretrain_path and run.generator_init:
+        raise UserError("--generator-init and --xl-ode-pretrain-path both initialise the generator", "give one")
+    if run.xl_ode_pretrain_path and run.sample_num_steps != 1:
+        raise UserError("--xl-ode-pretrain-path is the start of a one-step student", "use --generator-init")
+
+
+def _check_dmdr(run: Config, method: DMDRConfig) -> None:
+    if resolved_layout(run) == "separate" and method.dynamic_step and method.lora_scale_r:
+        raise UserError(
+            "--layout separate: the teacher has no guidance adapter to borrow",
+            "set --lora-scale-r 0 or --layout paired",
+        )
+    _check_draw("gen", method.s_type_gen, method.gen_a)
+    _check_draw("gui", method.s_type_gui, method.gui_a)
+    weights = reward_weights(method)
+    on = {name: weight for name, (model, weight) in weights.items() if model}
+    wanted = any(weight > 0 for _, weight in weights.values())
+    if not on and wanted and method.cold_start_iter < run.max_train_steps:
+        raise UserError(
+            f"rewards begin at step {method.cold_start_iter} but no reward model is given",
+            "give --clip-reward-model or --hpsv2-reward-model, or set both reward weights to 0, "
+            "or --cold-start-iter to --max-train-steps",
+        )
+    if method.dmd_weight == 0 and not any(on.values()):
+        raise UserError(
+            "--dmd-weight 0 without a reward trains nothing", "give a reward model and its weight, or --dmd-weight 1"
+        )
+
+
+def _check_draw(name: str, kind: str, first: float) -> None:
+    if kind == "beta" and first <= 0:
+        raise UserError(f"--{name}-a {first}: a Beta's parameters are above 0")
