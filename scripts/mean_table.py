@@ -21,9 +21,19 @@ def mean_rows(rows: list[dict]) -> list[dict]:
 
 
 def mean_row(model: str, members: list[dict]) -> dict:
-    mean = {key: statistics.fmean(member[key] for member in members) for key in KEYS}
-    deviation = {key: statistics.stdev(m[key] for m in members) for key in KEYS} if len(members) > 1 else None
+    values = {key: [member[key] for member in members] for key in (*KEYS, "count")}
+    mean = {key: mean_of(column) for key, column in values.items()}
+    known = [key for key in KEYS if mean[key] is not None]
+    deviation = {key: statistics.stdev(values[key]) for key in known} if len(members) > 1 else None
     return {"model": model, **mean, "seeds": len(members), "standard_deviation": deviation}
+
+
+def mean_of(column: list) -> float | int | None:
+    """Counts that agree stay whole numbers; what was not measured in every row has no mean."""
+    if None in column:
+        return None
+    agree = all(isinstance(value, int) and value == column[0] for value in column)
+    return column[0] if agree else statistics.fmean(column)
 
 
 if __name__ == "__main__":

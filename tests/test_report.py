@@ -12,6 +12,7 @@ from PIL import Image
 
 from train_t2i.__main__ import main
 from train_t2i.report_data import offsets, read_run, spread, thin
+from train_t2i.report_page import card
 from train_t2i.report_plots import smooth
 
 NASTY = '<script>alert("x")</script> & $\\frac{a}{b}$'
@@ -165,6 +166,13 @@ def test_stages_follow_each_other(tmp_path):
     dmdr = read_run(str(write_run(tmp_path, "dmdr", first=30, last=90)))
     assert offsets([ode, cold, dmdr]) == [0, 40, 40]  # dmdr counts on from cold's 30
     assert offsets([dmdr]) == [0]
+
+
+def test_network_calls_of_an_image_count_guided_ones_twice(tmp_path):
+    for method, cfg, calls in (("sft", 7.0, 50), ("sft", 1.0, 25), ("dmdr", 7.0, 1)):
+        name = f"{method}-{cfg}"
+        run = write_run(tmp_path, name, last=2, method=method, teacher_cfg=cfg, teacher_num_steps=25)
+        assert f"<dt>network calls</dt><dd>{calls}</dd>" in card(0, read_run(str(run)))
 
 
 def test_small_pieces():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import shlex
 import subprocess
 import sys
@@ -50,6 +51,28 @@ def test_a_node_runs_the_single_node_launcher(launcher: Path, tmp_path: Path) ->
     """No setting is written twice."""
     single = ROOT / "scripts" / "single_node" / launcher.name
     assert arguments_of([str(launcher)], tmp_path) == arguments_of([str(single)], tmp_path)
+
+
+def test_a_mean_table_has_one_row_a_model() -> None:
+    mean_rows = runpy.run_path(str(ROOT / "scripts" / "mean_table.py"))["mean_rows"]
+
+    def row(model: str, adherence: float, hps: float | None = None) -> dict:
+        rest = {"clip": 0.5, "held_out": 0.25, "frechet": 2.0, "recall": 1.0, "ms_per_image": 8.0, "count": 500}
+        return {"model": model, "network_calls": 4, "adherence": adherence, "hps": hps, **rest, "seed": 1000}
+
+    several = [row("a-seed30", 0.5), row("b", 0.7, 0.1), row("a-seed31", 0.75), row("a-seed32", 1.0, 0.2)]
+    first, second = mean_rows(several)
+    assert (first["model"], first["adherence"], first["seeds"]) == ("a", 0.75, 3)
+    assert first["hps"] is None  # not measured in all of them
+    assert first["standard_deviation"]["adherence"] == 0.25
+    assert first["standard_deviation"]["clip"] == 0
+    for key, value in (("network_calls", 4), ("count", 500)):
+        assert first[key] == second[key] == value
+        assert isinstance(first[key], int)
+    assert {key: second[key] for key in second if key in several[1]} == {
+        k: v for k, v in several[1].items() if k != "seed"
+    }
+    assert (second["seeds"], second["standard_deviation"]) == (1, None)
 
 
 def test_published_one_step_recipe(tmp_path: Path) -> None:

@@ -292,13 +292,21 @@ def test_a_generator_starts_from_the_lora_of_a_run(trainer, sdxl_folder):
     assert moved > 20
 
 
-@pytest.mark.parametrize("kind", ["absent", "another model", "lora of another model"])
+LORAS = {  # not of this model, in the names of peft and in those of other trainers
+    "lora of another model": [f"unet.nothing.lora_{x}.weight" for x in "AB"],
+    "lora of a kind that nobody converts": ["lora_unet_nothing.hada_w1_a", "lora_unet_nothing.lora_down.weight"],
+    "lora without its other half": ["lora_unet_input_blocks_4_1_proj_in.lora_down.weight"],
+    "lora of a block that is no number": ["lora_unet_input_blocks_x_1_proj_in.lora_down.weight"],
+}
+
+
+@pytest.mark.parametrize("kind", ["absent", "another model", *LORAS])
 def test_weights_that_do_not_fit_are_one_line(trainer, sdxl_folder_2, tmp_path, kind):
     from safetensors.torch import save_file
 
     source = {"absent": tmp_path / "absent", "another model": sdxl_folder_2}.get(kind, tmp_path / "lora.safetensors")
-    if kind.startswith("lora"):
-        save_file({f"unet.nothing.lora_{x}.weight": torch.ones(2, 2) for x in "AB"}, source)
+    if kind in LORAS:
+        save_file({key: torch.ones(2, 2) for key in LORAS[kind]}, source)
     ended = trainer.ends("run", f"--generator-init {source}")
     assert ended.code == EXIT_USER
     assert str(source) in ended.err

@@ -401,6 +401,42 @@ def test_mistakes_of_evaluate(runs, tmp_path, capsys, prompts_file, towers, scor
         assert said in refused(capsys, *common, *more), more
 
 
+def test_where_rows_and_grids_go_is_tried_before_anything_loads(runs, tmp_path, capsys, prompts_file, monkeypatch):
+    from train_t2i import evaluate
+
+    monkeypatch.setattr(evaluate, "chosen", lambda config: pytest.fail("models were asked for"))
+    (tmp_path / "file").write_text("")
+    common = ["evaluate", runs["one"], "--prompts", prompts_file, "--count", 2]
+    for option, path in (
+        ("--out", "file/table.json"),
+        ("--out", "file/deep/table.json"),
+        ("--save-images", "file"),
+        ("--save-images", "file/grids"),
+    ):
+        assert f"{option} {tmp_path / path}: cannot be" in refused(capsys, *common, option, tmp_path / path)
+    (tmp_path / "file").unlink()
+
+    def full(folder):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(evaluate.tempfile, "TemporaryFile", lambda dir: full(dir))
+    told = refused(capsys, *common, "--out", tmp_path / "new" / "table.json")
+    assert "No space left on device" in told
+
+
+def test_a_grid_that_cannot_be_saved_does_not_cost_the_row(runs, tmp_path, capsys, prompts_file, scorer, monkeypatch):
+    from train_t2i import sample
+
+    def full(images):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sample, "square_grid", full)
+    out = tmp_path / "table.json"
+    arguments = ["--prompts", prompts_file, "--count", 2, "--out", out, "--save-images", tmp_path / "grids"]
+    assert "--save-images" in refused(capsys, "evaluate", runs["one"], *arguments)
+    assert [row["model"] for row in json.loads(out.read_text())] == ["one@2"]
+
+
 # -- fetch -----------------------------------------------------------------------------------------------------------
 
 WEIGHTS = b"weights of a tower"

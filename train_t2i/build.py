@@ -218,10 +218,10 @@ def _fuse_lora(net: Any, state: dict[str, Tensor], source: str) -> None:
     from diffusers import StableDiffusionXLPipeline
 
     before = {key: value.clone() for key, value in net.state_dict().items()}
-    lora, alphas = StableDiffusionXLPipeline.lora_state_dict(state, unet_config=net.config)
     try:
+        lora, alphas = StableDiffusionXLPipeline.lora_state_dict(state, unet_config=net.config)
         net.load_lora_adapter(lora, network_alphas=alphas, prefix="unet", adapter_name="init")
-    except (ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:  # converters raise whatever a foreign file makes them
         raise UserError(f"{source}: not a LoRA of this generator ({' '.join(str(error).split())[:200]})") from None
     net.fuse_lora()
     net.unload_lora()

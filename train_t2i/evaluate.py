@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -80,6 +81,19 @@ def check_config(config: EvaluateConfig) -> None:
         raise UserError("--magic-prompt without --hpsv2-reward-model does nothing", "give the reward, or leave it out")
     if config.out:
         read_table(config.out)
+        check_writable(f"--out {config.out}", Path(config.out).parent)
+    if config.save_images:
+        check_writable(f"--save-images {config.save_images}", Path(config.save_images))
+
+
+def check_writable(given: str, folder: Path) -> None:
+    """Make the folder and try it: the first row or grid comes only after a whole model."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"{given}: cannot be written ({error.strerror})", "choose another folder") from None
 
 
 # -- the table -------------------------------------------------------------------------------------------------------
@@ -230,10 +244,10 @@ def evaluate_model(
     scorers.prepare_reference(model.settings.size_px)
     made = make_and_score(model, prompts, scorers, config, name)
     row = row_of(model, name, made, scorers, config)
-    if config.save_images:
-        save_grid(config.save_images, name, made.shown)
     if config.out:
         merge_row(config.out, row)
+    if config.save_images:
+        save_grid(config.save_images, name, made.shown)
     return row
 
 

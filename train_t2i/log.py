@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import netrc
 import os
 import sys
 import time
@@ -15,19 +16,26 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from train_t2i.errors import UserError
+
 LOSS_FILES = {"generator": "loss_gen_log.jsonl", "guidance": "loss_gui_log.jsonl"}
 COUNTERS = ("tick", "step", "samples_seen")
 SECONDS_BETWEEN_LINES = 30  # where the progress bar has no terminal
+WANDB_CLOUD = {"api.wandb.ai", "api.forge.coreweave.com"}  # two names of one service; a login holds for both
 
 
 class RunLog:
-    """Writes on the main process only; ``mean`` averages a dict of numbers over processes (all of them call it)."""
+    """Writes on the main process only; ``mean`` averages a dict of numbers over processes (all of them call it).
+
+    ``tick`` is the run's so far.  ``first_tick`` is the first that is written here: an earlier start wrote those before.
+    """
 
     def __init__(
         self,
@@ -39,6 +47,8 @@ class RunLog:
         trackers: Sequence[Tracker] = (),
         total_steps: int = 0,
         first_step: int = 0,
+        tick: int = 0,
+        first_tick: int = 0,
     ) -> None:
         self.root, self.is_main, self.mean, self.trackers = root, is_main, mean, trackers
         self.columns = {role: (*names, "grad_norm", "lr", "skipped") for role, names in columns.items()}
@@ -46,6 +56,7 @@ class RunLog:
         self._latest: dict[str, float] = {}
         self._started = time.perf_counter()
         self._spoke = 0.0
+        self._tick, self._first_tick = tick, first_tick
         quiet = not is_main or not sys.stderr.isatty()
         self._bar = tqdm(total=total_steps, initial=first_step, unit="step", disable=quiet, dynamic_ncols=True)
         if is_main:
@@ -58,6 +69,7 @@ class RunLog:
 
     def flush(self, tick: int, step: int, samples_seen: int) -> None:
         """Average what was collected over micro-batches and processes and write one line a role."""
+        self._tick = tick
         now = time.perf_counter()
         seconds, self._started = now - self._started, now
         for role, collected in self._sums.items():
@@ -100,9 +112,10 @@ class RunLog:
         with open(self.root / "log.txt", "a", encoding="utf-8") as file:
             file.write(f"{datetime.now().isoformat(timespec='seconds')} {text}\n")
 
-    def images(self, grid: Image.Image, step: int) -> None:
-        for tracker in self.trackers:
-            tracker.image("samples", grid, step)
+    def images(self, grid: Image.Image) -> None:
+        """Sample images of the last tick; those that a resumed run draws again, trackers have already."""
+        for tracker in self.trackers if self._tick >= self._first_tick else ():
+            tracker.image("samples", grid, self._tick)
 
     def close(self) -> None:
         self._bar.close()
@@ -139,59 +152,82 @@ def cut_logs(root: Path, tick: int) -> None:
 
 
 class Tracker:
-    """What a tracker is asked for."""
+    """What a tracker is asked for.  Its axis is the tick: numbers of both roles and images are cut at the same place."""
 
     def scalars(self, values: Mapping[str, float], step: int, tick: int) -> None: ...
 
-    def image(self, name: str, image: Image.Image, step: int) -> None: ...
+    def image(self, name: str, image: Image.Image, tick: int) -> None: ...
 
     def close(self) -> None: ...
 
 
 class Tensorboard(Tracker):
-    def __init__(self, root: Path, settings: Mapping[str, Any], purge_tick: int) -> None:
+    """Events from ``first_tick`` on that an interrupted start left are hidden: this one writes them again."""
+
+    def __init__(self, root: Path, settings: Mapping[str, Any], first_tick: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(root / "trackers" / "tensorboard"), purge_step=purge_tick)
-        self.writer.add_text("settings", "```\n" + json.dumps(settings, indent=1) + "\n```")
+        self.writer = SummaryWriter(str(root / "trackers" / "tensorboard"), purge_step=first_tick)
+        self.writer.add_text("settings", "```\n" + json.dumps(settings, indent=1) + "\n```", first_tick)
 
     def scalars(self, values: Mapping[str, float], step: int, tick: int) -> None:
         for name, value in values.items():
             self.writer.add_scalar(name, value, tick)
 
-    def image(self, name: str, image: Image.Image, step: int) -> None:
+    def image(self, name: str, image: Image.Image, tick: int) -> None:
         import numpy as np
 
-        self.writer.add_image(name, np.asarray(image), step, dataformats="HWC")
+        self.writer.add_image(name, np.asarray(image), tick, dataformats="HWC")
 
     def close(self) -> None:
         self.writer.close()
 
 
 class Wandb(Tracker):
-    """Offline unless a key is there; the run id is the folder's, so that a resumed run goes on in the same place."""
+    """Offline unless a key is there; the run id is the folder's, so that a resumed run goes on in the same place.
+
+    wandb takes no tick twice: online it keeps what an interrupted start sent, which a resumed run repeats bit for bit.
+    """
 
     def __init__(self, root: Path, settings: Mapping[str, Any], run_id: str) -> None:
         import wandb
 
         folder = root / "trackers"
         folder.mkdir(parents=True, exist_ok=True)
-        has_key = bool(os.environ.get("WANDB_API_KEY")) or (Path.home() / ".netrc").exists()
-        mode = os.environ.get("WANDB_MODE") or ("online" if has_key else "offline")
         self.wandb = wandb
-        self.run = wandb.init(
-            project="train-t2i", name=root.name, id=run_id, resume="allow", dir=str(folder), mode=mode,  # type: ignore[arg-type]
-            config=dict(settings), settings=wandb.Settings(silent=True, disable_git=True, save_code=False),
-        )  # fmt: skip
+        try:
+            mode = os.environ.get("WANDB_MODE") or ("online" if has_wandb_key() else "offline")
+            self.run = wandb.init(
+                project="train-t2i", name=root.name, id=run_id, resume="allow", dir=str(folder), mode=mode,  # type: ignore[arg-type]
+                config=dict(settings), settings=wandb.Settings(silent=True, disable_git=True, save_code=False),
+            )  # fmt: skip
+        except (wandb.Error, ValueError) as error:  # a ValueError: a variable that it cannot understand
+            raise UserError(
+                f"--report-to wandb: {error}", "run wandb login, or set WANDB_MODE=offline, or leave wandb out"
+            ) from None
 
     def scalars(self, values: Mapping[str, float], step: int, tick: int) -> None:
         self.run.log({**values, "step": step}, step=tick)
 
-    def image(self, name: str, image: Image.Image, step: int) -> None:
-        self.run.log({name: self.wandb.Image(image), "step": step})
+    def image(self, name: str, image: Image.Image, tick: int) -> None:
+        self.run.log({name: self.wandb.Image(image)}, step=tick)
 
     def close(self) -> None:
         self.run.finish()
+
+
+def has_wandb_key() -> bool:
+    """Whether somebody logged in to the wandb service that is set: a netrc may hold the keys of other services only."""
+    import wandb
+
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL") or wandb.setup().settings.base_url).netloc
+    try:
+        hosts = netrc.netrc(os.environ.get("NETRC") or None).hosts
+    except (OSError, UnicodeError, netrc.NetrcParseError):
+        return False
+    return bool((WANDB_CLOUD if host in WANDB_CLOUD else {host}) & hosts.keys())
 
 
 def to_pil(image: Tensor) -> Image.Image:

@@ -5,34 +5,38 @@
     OUT/images/00000000.png       with --images
 
 The noise of a row is ``torch.Generator("cpu").manual_seed(seed)``'s and is not stored.  A stopped run goes on with the
-same command: finished shards stay.
+same command: finished shards stay.  OUT/pairs.json ties them to the settings and to a digest of the prompts.
 """
 
 from __future__ import annotations
 
 import csv
 import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from train_t2i import storage
 from train_t2i.cli import parse_verb
 from train_t2i.config import Config, flag
 from train_t2i.data import Order, load_prompts
 from train_t2i.errors import EXIT_DISK, EXIT_DONE, UserError
 from train_t2i.log import to_pil
 from train_t2i.student import ImageModel, load_teacher
+from train_t2i.tables import place_of, records, short
 
 COLUMNS = ("image", "prompt", "seed", "rand_device", "num_inference_steps", "cfg_scale", "height", "width")
 SETTINGS = "pairs.json"
+DIGEST = "prompts_digest"  # among them; folders of older versions have none: they train, but cannot be gone on with
 
 
 @dataclass(frozen=True)
@@ -71,18 +75,18 @@ class PairStore:
             raise UserError(
                 f"--data-path-train {path}: not a pairs folder", "make one: python -m train_t2i pairs --out DIR"
             )
-        self.shard_size = json.loads(settings.read_text(encoding="utf-8"))["shard_size"]
-        with open(rows, encoding="utf-8", newline="") as file:
-            self.rows = list(csv.DictReader(file))
-        if not self.rows:
-            raise UserError(f"{rows}: no row", "run the pairs command again")
+        size = read_settings(settings).get("shard_size")
+        if not isinstance(size, int) or size < 1:
+            raise UserError(f"{settings}: shard_size is {size!r}", "make the pairs in another --out")
+        self.shard_size: int = size
+        self.rows = read_rows(rows)
         self.latent_shape: tuple[int, int, int] = tuple(self[0].latent.shape)  # type: ignore[assignment]
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, row: int) -> Pair:
-        record = self.rows[row]
+        prompt, seed = self.rows[row]
         shard, position = divmod(row, self.shard_size)
         path = shard_path(self.folder, shard)
         try:
@@ -90,7 +94,33 @@ class PairStore:
                 latent = file.get_slice("latents")[position]
         except (OSError, safetensors.SafetensorError, IndexError) as error:
             raise UserError(f"{path}: cannot be read ({error})", "delete it and run the pairs command again") from None
-        return Pair(record["prompt"], int(record["seed"]), latent)
+        return Pair(prompt, seed, latent)
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """What a pairs folder was begun with.  Raises UserError."""
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error})", "make the pairs in another --out") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"{path}: not the settings of a pairs folder", "make the pairs in another --out")
+    return settings
+
+
+def read_rows(path: Path) -> list[tuple[str, int]]:
+    """(prompt, seed) of every row of metadata.csv.  Raises UserError."""
+    rows = []
+    for number, record in records(path, COLUMNS):
+        if missing := [name for name in ("prompt", "seed") if name not in record]:
+            raise UserError(f"{path}: no column {missing[0]}", f"the pairs command writes {', '.join(COLUMNS)}")
+        seed = record["seed"].strip()
+        if not seed.isdecimal() or int(seed) >= 2**63:
+            raise UserError(f"{place_of(path, number)}: seed is {short(repr(seed))}", "write the number of its noise")
+        rows.append((record["prompt"], int(seed)))
+    if not rows:
+        raise UserError(f"{path}: no row", "run the pairs command again")
+    return rows
 
 
 def shard_path(folder: Path, shard: int) -> Path:
@@ -115,8 +145,8 @@ def write_shard(config: PairsConfig, model: ImageModel, prompts: Sequence[str], 
         bar.update(len(batch))
     path = shard_path(folder, rows.start // config.shard_size)
     temporary = path.with_suffix(".tmp")
-    safetensors.torch.save_file({"latents": torch.cat(latents)}, temporary)
-    os.replace(temporary, path)
+    storage.write_tensors(temporary, {"latents": torch.cat(latents)})
+    storage.rename(temporary, path)
 
 
 def write_metadata(config: PairsConfig, prompts: Sequence[str], size_px: tuple[int, int]) -> None:
@@ -141,22 +171,32 @@ def write_metadata(config: PairsConfig, prompts: Sequence[str], size_px: tuple[i
     os.replace(path.with_suffix(".tmp"), path)
 
 
-def open_folder(config: PairsConfig) -> None:
-    """Make the folder, or check that what is in it was begun with the same settings."""
+def digest_of(prompts: Sequence[str]) -> str:
+    """The same for the same prompts in the same order, whatever file they came from."""
+    return hashlib.blake2b("\n".join(prompts).encode(), digest_size=16).hexdigest()
+
+
+def open_folder(config: PairsConfig, prompts: Sequence[str]) -> None:
+    """Make the folder, or check that what is in it was begun with the same settings and prompts."""
     folder = Path(config.out)
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("out", "batch_size")}
+    path = folder / SETTINGS
     try:
         (folder / "images" if config.images else folder).mkdir(parents=True, exist_ok=True)
-        path = folder / SETTINGS
-        if path.exists():
-            then = json.loads(path.read_text(encoding="utf-8"))
-            if changed := [key for key in settings if then.get(key) != settings[key]]:
-                told = "; ".join(f"{key}: then {then.get(key)!r}, now {settings[key]!r}" for key in changed)
-                raise UserError(f"--out {folder}: begun with other settings ({told})", "choose another --out")
+        if not path.exists():
+            temporary = path.with_suffix(".tmp")
+            storage.write_json(temporary, settings | {DIGEST: digest_of(prompts)})
+            storage.rename(temporary, path)
             return
-        path.write_text(json.dumps(settings, indent=1), encoding="utf-8")
     except OSError as error:
         raise UserError(f"--out {folder}: cannot be written ({error.strerror})", "choose another folder") from None
+    then = read_settings(path)
+    if changed := [key for key in settings if then.get(key) != settings[key]]:
+        told = "; ".join(f"{key}: then {then.get(key)!r}, now {settings[key]!r}" for key in changed)
+        raise UserError(f"--out {folder}: begun with other settings ({told})", "choose another --out")
+    if then.get(DIGEST) != digest_of(prompts):
+        was = "with other prompts than it has now" if DIGEST in then else "before its prompts were noted"
+        raise UserError(f"--out {folder}: begun from {config.data_path_train} {was}", "choose another --out")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -168,7 +208,7 @@ def main(arguments: Sequence[str]) -> int:
     lines = load_prompts(config.data_path_train)
     order = Order(len(lines), config.seed)
     prompts = [lines[order.index_at(row)] for row in range(config.count)]
-    open_folder(config)
+    open_folder(config, prompts)
     model = load_teacher(run, config.num_inference_steps, config.cfg_scale)
     shards = list(batches(range(config.count), config.shard_size))
     try:

@@ -94,12 +94,18 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
 
 
+def network_calls(settings: Mapping[str, Any]) -> Any:
+    """Of an image, as ``evaluate`` counts them: a guided call is two."""
+    if settings.get("method") != "sft":
+        return settings.get("sample_num_steps")
+    steps = settings.get("teacher_num_steps")
+    return steps * 2 if isinstance(steps, int) and settings.get("teacher_cfg", 1) != 1 else steps
+
+
 def card(index: int, run: RunStory) -> str:
-    settings = run.settings
-    calls = settings.get("teacher_num_steps") if settings.get("method") == "sft" else settings.get("sample_num_steps")
     facts = {
-        "method": settings.get("method", "?"),
-        "network calls": calls,
+        "method": run.settings.get("method", "?"),
+        "network calls": network_calls(run.settings),
         "generator steps": run.last_step,
         "samples seen": f"{run.samples_seen:,}",
         "time in ticks": duration(run.seconds),

@@ -106,4 +106,4 @@ class SampleSheet:
         grid = grid_image(rows)
         grid.save(folder / "grid.png")
         (folder / "prompts.txt").write_text("\n".join(self.prompts) + "\n", encoding="utf-8")
-        self.log.images(grid, step)
+        self.log.images(grid)

@@ -139,10 +139,11 @@ def prepare(settings: Settings, folder: RunFolder, engine: Engine, stop: StopReq
     run = Run(settings, folder, engine, networks, method, feed, quiet_log, SampleSheet.none(), State(), stop)
     if resume_from:
         restore(run, resume_from)
-    if engine.is_main:  # what comes after the checkpoint is written again; without one of its own, everything is
-        own = resume_from is not None and owns(folder, resume_from)
-        log.cut_logs(folder.root, run.state.clock.tick + 1 if own else 0)
-    run.log = make_log(run)
+    # what comes after the checkpoint is written again; without one of its own, everything is
+    first_tick = run.state.clock.tick + 1 if resume_from and owns(folder, resume_from) else 0
+    if engine.is_main:
+        log.cut_logs(folder.root, first_tick)
+    run.log = make_log(run, first_tick)
     run.sheet = SampleSheet.build(settings, method, networks, folder.root, run.log, prompts, engine)
     announce(run, resume_from, [*found, *told, *advice(settings, resume_from)])
     return run
@@ -173,17 +174,17 @@ def adam_settings(settings: Settings, role: Role) -> AdamSettings:
     return AdamSettings(learning_rate(settings, role, 0), betas, run.adam_epsilon, decay, run.use_8bit_adam)
 
 
-def make_log(run: Run) -> log.RunLog:
+def make_log(run: Run, first_tick: int) -> log.RunLog:
     cfg, root = run.settings.run, run.folder.root
     trackers: list[log.Tracker] = []
     public = public_settings(run.settings)
     if run.engine.is_main and "tensorboard" in cfg.report_to:
-        trackers.append(log.Tensorboard(root, public, run.state.clock.tick))
+        trackers.append(log.Tensorboard(root, public, first_tick))
     if run.engine.is_main and "wandb" in cfg.report_to:
         trackers.append(log.Wandb(root, public, tracker_id(root)))
     return log.RunLog(
         root, run.method.columns, is_main=run.engine.is_main, mean=run.engine.mean, trackers=trackers,
-        total_steps=cfg.max_train_steps, first_step=run.state.clock.step,
+        total_steps=cfg.max_train_steps, first_step=run.state.clock.step, tick=run.state.clock.tick, first_tick=first_tick,
     )  # fmt: skip
 
 

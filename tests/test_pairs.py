@@ -1,0 +1,200 @@
+"""A pairs folder: what it holds, going on with a stopped one, and what is refused."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from train_t2i import pairs, student
+from train_t2i.__main__ import main
+from train_t2i.config import Config
+from train_t2i.data import Order
+from train_t2i.errors import EXIT_DONE, EXIT_USER, UserError
+
+FLAGS = "--count 8 --num-inference-steps 2 --cfg-scale 2 --resolution 32 --shard-size 3 --batch-size 2"
+
+
+@pytest.fixture
+def make(sdxl_folder, prompts_file, models_from_memory, capsys, tmp_path):
+    """(folder, more flags) -> (exit code, what was said); the flags are those of ``pairs_folder``."""
+
+    def run(out: Path, more: str = "", prompts: Path = prompts_file) -> tuple[int, str]:
+        capsys.readouterr()
+        common = f"pairs --out {out} --pretrained-model {sdxl_folder} --data-path-train {prompts} --mixed-precision no"
+        code = main(shlex.split(f"{common} {FLAGS} {more}"))
+        return code, capsys.readouterr().err
+
+    return run
+
+
+@pytest.fixture
+def whole(make, tmp_path) -> Path:
+    assert make(tmp_path / "whole")[0] == EXIT_DONE
+    return tmp_path / "whole"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def one_line(ended: tuple[int, str], *words: str) -> None:
+    code, said = ended
+    assert code == EXIT_USER
+    assert "Traceback" not in said
+    told = said[said.index("error: ") :]
+    assert len(told.splitlines()) <= 2
+    assert all(word in told for word in words), told
+
+
+# -- what it holds ---------------------------------------------------------------------------------------------------
+
+
+def test_a_row_says_how_its_latent_was_made(whole, prompts_file, sdxl_folder):
+    with open(whole / "metadata.csv", encoding="utf-8", newline="") as file:
+        header, *rows = csv.reader(file)
+    assert header[:6] == ["image", "prompt", "seed", "rand_device", "num_inference_steps", "cfg_scale"]
+    assert header[6:] == ["height", "width"]
+    lines, order = prompts_file.read_text().splitlines(), Order(len(prompts_file.read_text().splitlines()), 30)
+    assert rows == [["", lines[order.index_at(i)], str(30 + i), "cpu", "2", "2.0", "32", "32"] for i in range(8)]
+    shards = [load_file(whole / f"latents-0000{i}.safetensors")["latents"] for i in range(3)]
+    assert [len(shard) for shard in shards] == [3, 3, 2]
+    config = Config(pretrained_model=str(sdxl_folder), resolution="32", mixed_precision="no")
+    made = student.load_teacher(config, 2, 2.0).latents([row[1] for row in rows], [int(row[2]) for row in rows])
+    torch.testing.assert_close(torch.cat(shards), made, rtol=1e-4, atol=1e-4)
+    store = pairs.PairStore(str(whole))
+    assert [(pair.prompt, pair.seed) for pair in (store[i] for i in range(8))] == [(r[1], int(r[2])) for r in rows]
+
+
+# -- going on --------------------------------------------------------------------------------------------------------
+
+
+def test_a_stopped_run_goes_on_with_the_same_command(make, whole, tmp_path, monkeypatch):
+    """Bitwise the files of an unbroken run; what was finished is not made again."""
+    out, write = tmp_path / "stopped", pairs.write_shard
+
+    def stop_at_the_second(config, model, prompts, rows, bar):
+        if rows.start > 0:
+            raise KeyboardInterrupt
+        write(config, model, prompts, rows, bar)
+
+    monkeypatch.setattr(pairs, "write_shard", stop_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        make(out, "--images")
+    assert sorted(path.name for path in out.iterdir()) == ["images", "latents-00000.safetensors", "pairs.json"]
+    made = []
+
+    def counted(config, model, prompts, rows, bar):
+        made.append((rows.start, rows.stop))
+        write(config, model, prompts, rows, bar)
+
+    monkeypatch.setattr(pairs, "write_shard", counted)
+    first = (out / "latents-00000.safetensors").stat()
+    assert make(out, "--images")[0] == EXIT_DONE
+    assert made == [(3, 6), (6, 8)]
+    again = (out / "latents-00000.safetensors").stat()
+    assert (first.st_mtime_ns, first.st_ino) == (again.st_mtime_ns, again.st_ino)
+    assert make(tmp_path / "unbroken", "--images")[0] == EXIT_DONE
+    assert contents(out) == contents(tmp_path / "unbroken")
+    before = contents(whole)
+    (whole / "latents-00001.safetensors").unlink()
+    made.clear()
+    assert make(whole)[0] == EXIT_DONE
+    assert made == [(3, 6)]
+    assert contents(whole) == before
+
+
+def test_a_run_that_is_killed_while_it_begins_can_begin_again(make, tmp_path, monkeypatch):
+    def killed(*files):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pairs.storage, "rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            make(tmp_path / "out")
+    assert not (tmp_path / "out" / "pairs.json").exists()
+    assert make(tmp_path / "out")[0] == EXIT_DONE
+
+
+def test_other_prompts_under_the_same_name_are_refused(make, prompts_file, tmp_path):
+    mine, out = tmp_path / "prompts.txt", tmp_path / "out"
+    shutil.copy(prompts_file, mine)
+    assert make(out, prompts=mine)[0] == EXIT_DONE
+    (out / "latents-00001.safetensors").unlink()
+    before = contents(out)
+    mine.write_text("\n".join(f"{line} at night" for line in prompts_file.read_text().splitlines()))
+    one_line(make(out, prompts=mine), str(mine), "other prompts", "choose another --out")
+    assert contents(out) == before
+    shutil.copy(prompts_file, mine)
+    assert make(out, prompts=mine)[0] == EXIT_DONE
+
+
+def test_a_folder_without_a_digest_trains_but_is_not_gone_on_with(make, whole):
+    settings = json.loads((whole / "pairs.json").read_text())
+    del settings["prompts_digest"]
+    (whole / "pairs.json").write_text(json.dumps(settings))
+    assert len(pairs.PairStore(str(whole))) == 8
+    one_line(make(whole), "before its prompts were noted")
+
+
+def test_other_settings_are_refused(make, whole):
+    one_line(make(whole, "--cfg-scale 3"), "cfg_scale: then 2.0, now 3.0")
+    assert make(whole, "--batch-size 5")[0] == EXIT_DONE
+
+
+# -- what is refused -------------------------------------------------------------------------------------------------
+
+CSV = "image,prompt,seed"
+GARBAGE = {
+    "torn settings": ("pairs.json", '{"shard_', "pairs.json: cannot be read"),
+    "settings in another encoding": ("pairs.json", "ä".encode("utf-16"), "pairs.json: cannot be read"),
+    "settings that are a list": ("pairs.json", "[]", "not the settings of a pairs folder"),
+    "settings of something else": ("pairs.json", "{}", "shard_size is None"),
+    "no shard size": ("pairs.json", '{"shard_size": 0}', "shard_size is 0"),
+    "rows in another encoding": ("metadata.csv", f"{CSV}\n,ä,3".encode("latin-1"), "not valid UTF-8"),
+    "no rows": ("metadata.csv", CSV, "no row"),
+    "nothing": ("metadata.csv", "", "is empty"),
+    "other columns": ("metadata.csv", "image,text\n,a", "no column prompt"),
+    "no seed": ("metadata.csv", "prompt\na", "no column seed"),
+    "a seed of letters": ("metadata.csv", f"{CSV}\n,a,3\n,b,three", "metadata.csv:3: seed is 'three'"),
+    "a seed that is blank": ("metadata.csv", f"{CSV}\n,a,", "metadata.csv:2: seed is ''"),
+    "a seed that no generator takes": ("metadata.csv", f"{CSV}\n,a,{2**64}", "metadata.csv:2: seed is"),
+    "a short row": ("metadata.csv", f"{CSV}\n,a", "2 cells under 3 columns"),
+    "a torn shard": ("latents-00000.safetensors", b"torn", "latents-00000.safetensors: cannot be read"),
+}
+
+
+@pytest.mark.parametrize("case", GARBAGE)
+def test_a_folder_that_cannot_be_used_is_one_line(trainer, pairs_folder, tmp_path, case):
+    name, content, said = GARBAGE[case]
+    folder = tmp_path / "garbage"
+    shutil.copytree(pairs_folder, folder)
+    (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    ended = trainer.ends("run", f"--data-path-train {folder}", "ode")
+    one_line((ended.code, ended.err), said)
+
+
+@pytest.mark.parametrize("content", ['{"shard_', "[]"])
+def test_settings_that_cannot_be_read_are_not_gone_on_with(make, whole, content):
+    (whole / "pairs.json").write_text(content)
+    one_line(make(whole), "pairs.json")
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(make, tmp_path):
+    (tmp_path / "file").write_text("")
+    one_line(make(tmp_path / "file" / "out"), "cannot be written")
+
+
+def test_a_row_without_a_latent_is_one_line(pairs_folder, tmp_path):
+    folder = tmp_path / "short"
+    shutil.copytree(pairs_folder, folder)
+    with open(folder / "metadata.csv", "a") as file:
+        file.write(",one more,38,cpu,2,2.0,32,32\r\n")
+    with pytest.raises(UserError, match="latents-00002"):
+        pairs.PairStore(str(folder))[8]
