@@ -214,6 +214,7 @@ class Wandb(Tracker):
 
     def close(self) -> None:
         self.run.finish()
+        self.wandb.teardown()  # waits for its service, which writes an offline run's file after finish() has returned
 
 
 def has_wandb_key() -> bool:
