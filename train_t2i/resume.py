@@ -90,6 +90,11 @@ def check_resumable(settings: Settings, path: Path, folder: RunFolder, world: in
     """(record, lines about settings that differ).  Raises UserError where they must not; reads no weights."""
     _, record = run_of(path).load(path, [])
     now, then = settings.as_dict(), dict(record["settings"])
+    if missing := [role for role in METHODS[settings.run.method].trains if not _has_part(record, role)]:
+        raise UserError(
+            f"--resume-ckpt {path}: made by --method {then['method']}, it has no {missing[0]} network to go on with",
+            "start the generator from it instead: --xl-ode-pretrain-path (one step) or --generator-init",
+        )
     then["layout"] = resolved_layout(Settings.from_dict(then).run)
     then["model_family"] = now["model_family"] if then["model_family"] == "auto" else then["model_family"]
     fields = fields_of(settings.run.method)
@@ -111,11 +116,6 @@ def check_resumable(settings: Settings, path: Path, folder: RunFolder, world: in
         fix = "these must match"
     if fatal:
         raise UserError(f"--resume-ckpt {path}: settings differ: {'; '.join(told[name] for name in fatal)}", fix)
-    if missing := [role for role in METHODS[settings.run.method].trains if not _has_part(record, role)]:
-        raise UserError(
-            f"--resume-ckpt {path}: made by --method {then['method']}, it has no {missing[0]} network to go on with",
-            "start the generator from it instead: --xl-ode-pretrain-path (one step) or --generator-init",
-        )
     if record["step"] >= settings.run.max_train_steps and not owns(folder, path):
         raise UserError(
             f"--max-train-steps {settings.run.max_train_steps}: {path} has them already",
