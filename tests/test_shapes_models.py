@@ -13,6 +13,7 @@ import torch
 
 from shapes import autoencoder as ae
 from shapes import degrade, denoiser, measure, parallel, pretrain, render, scenes, towers
+from shapes.manifest import write_manifest
 from shapes.muon import orthogonal
 from shapes.tokenizer import new_tokenizer
 from shapes.world import generator, load_world
@@ -204,7 +205,21 @@ def test_committed_files_have_the_digests_of_the_manifest_and_fit_the_budget():
             assert hashlib.sha256(data).hexdigest() == digest, f"{name}/{file}"
     assert set(listed["tiny"]) == {"tiny-sdxl", "tiny-taesd", "tiny-clip", "tiny-hps", "tiny-clip-heldout"}
     assert total <= 20e6
-    assert all("sha256" not in entry for entry in listed["real"].values())
+
+
+def test_what_was_written_by_hand_stays_in_the_manifest(tmp_path):
+    committed = (CHECKPOINTS / "manifest.toml").read_text(encoding="utf-8")
+    for folder in CHECKPOINTS.glob("tiny-*/"):
+        (tmp_path / folder.name).symlink_to(folder)
+    record = json.loads((CHECKPOINTS / "tiny-recipes.json").read_text())
+    added = committed.replace('[real."taesdxl"]\n', '[real."taesdxl"]\nsha256 = "12" # of my download\n')
+    for text in (committed, added):
+        (tmp_path / "manifest.toml").write_text(text, encoding="utf-8")
+        write_manifest(tmp_path, record)
+        assert (tmp_path / "manifest.toml").read_text(encoding="utf-8") == text
+    (tmp_path / "manifest.toml").unlink()
+    write_manifest(tmp_path, record)
+    assert set(tomllib.loads((tmp_path / "manifest.toml").read_text())) == {"tiny"}
 
 
 def test_autoencoder_and_fast_decoder_keep_what_is_shown(judged):
