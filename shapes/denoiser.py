@@ -17,6 +17,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 from shapes.oracle import adherence
 from shapes.scenes import unique_captions
 from shapes.tokenizer import new_tokenizer
+from shapes.world import code_digest
 
 TIME_ID_WIDTH = 32  # width of the embedding of each of SDXL's six size numbers
 
@@ -133,9 +134,12 @@ def teacher_adherence(folder: Path, cfgs: tuple[float, ...], count: int = 500, s
     return {cfg: float(adherence(sample_teacher(pipeline, prompts, cfg, steps), prompts).mean()) for cfg in cfgs}
 
 
-def train_denoiser(folder: Path, work: Path, recipe: DenoiserRecipe) -> None:
-    """Train the UNet of `folder` by the trainer's own ``--method sft`` and put it back there in half precision."""
-    pictures = work / "pictures"
+def train_denoiser(folder: Path, work: Path, recipe: DenoiserRecipe, run_name: str) -> None:
+    """Train the UNet of `folder` by the trainer's own ``--method sft`` and put it back there in half precision.
+
+    The run in `work`/`run_name` goes on where it stopped; another recipe needs another name.
+    """
+    pictures = work / f"pictures-{recipe.pictures}-{recipe.seed}-{code_digest()}"
     render = [sys.executable, "-m", "shapes.scenes", "render", "--split", "train", "--count", str(recipe.pictures)]
     if not (pictures / "metadata.csv").exists():
         subprocess.run([*render, "--seed", str(recipe.seed), "--out", str(pictures)], check=True)
@@ -156,11 +160,11 @@ def train_denoiser(folder: Path, work: Path, recipe: DenoiserRecipe) -> None:
         "resolution": 64,
         "seed": recipe.seed,
         "output-dir": work,
-        "exp-name": "denoiser",
+        "exp-name": run_name,
     }
     words = [word for key, value in flags.items() for word in (f"--{key}", str(value))]
     subprocess.run([sys.executable, "-m", "train_t2i", "train", *words, "--auto-resume"], check=True)
-    trained = work / "denoiser" / "checkpoints" / "accelerator_1" / f"step-{recipe.steps}"
+    trained = work / run_name / "checkpoints" / "accelerator_1" / f"step-{recipe.steps}"
     install_unet(trained, folder)
 
 

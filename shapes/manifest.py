@@ -1,60 +1,14 @@
-"""Writes `checkpoints/manifest.toml`: the tiny models with digests and quality, and where the real weights and data are."""
+"""Writes the tiny models' part of `checkpoints/manifest.toml`: their digests and quality.
+
+The rest of the file, where the real weights and data are, is written by hand and stays as it is.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
 from typing import Any
-
-# name, what it is, repository, kind of repository, file there ("" = the whole pipeline folder), local name, licence
-REAL = (
-    (
-        "sdxl-base",
-        "teacher: Stable Diffusion XL base 1.0, a diffusers folder",
-        "stabilityai/stable-diffusion-xl-base-1.0",
-        "model",
-        "",
-        "stable-diffusion-xl-base-1.0",
-        "CreativeML Open RAIL++-M",
-    ),
-    (
-        "dfn5b-clip",
-        "reward: DFN5B-CLIP ViT-H-14 (QuickGELU), 224 px",
-        "apple/DFN5B-CLIP-ViT-H-14",
-        "model",
-        "open_clip_pytorch_model.bin",
-        "Apple_CLIP-H-14-224.bin",
-        "Apple (see the repository)",
-    ),
-    (
-        "hpsv2.1",
-        "reward: HPSv2.1 ViT-H-14",
-        "xswu/HPSv2",
-        "model",
-        "HPS_v2.1_compressed.pt",
-        "HPS_v2.1_compressed.pt",
-        "Apache-2.0",
-    ),
-    (
-        "dmd2-ode-init",
-        "initialisation of a one-step SDXL student (ODE regression at t=399)",
-        "tianweiy/DMD2",
-        "model",
-        "model/sdxl/sdxl_lr1e-5_8node_ode_pretraining_10k_cond399_checkpoint_model_002000.bin",
-        "sdxl_lr1e-5_8node_ode_pretraining_10k_cond399_checkpoint_model_002000.bin",
-        "CC-BY-NC-4.0",
-    ),
-    ("taesdxl", "fast decoder for SDXL latents", "madebyollin/taesdxl", "model", "", "taesdxl", "MIT"),
-    (
-        "t2i-2m-prompts",
-        "training prompts of the SDXL recipes",
-        "DyJiang/dmdr",
-        "model",
-        "t2i-2m-filtered-prompts.txt",
-        "t2i-2m-filtered-prompts.txt",
-        "see the repository",
-    ),
-)
 
 # folder, stages whose measurements belong to it, what it is
 TINY = (
@@ -69,6 +23,7 @@ TINY = (
     ("tiny-clip-heldout", ("heldout",), "judge: another seed and architecture, never in a loss"),
 )
 
+# of a manifest that is not there yet
 HEAD = """# Every checkpoint and data file of the toolkit: where it comes from, under which licence, and its digest where known.
 # `python -m train_t2i fetch NAME` downloads an entry of [real].  [tiny] is written by `python -m shapes.pretrain`.
 """
@@ -82,14 +37,10 @@ def _quote(text: str) -> str:
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
-def _real() -> list[str]:
-    lines = []
-    for name, what, repository, kind, file, local, licence in REAL:
-        lines += [f"[real.{_quote(name)}]", f"what = {_quote(what)}", f"repository = {_quote(repository)}"]
-        lines += [f"repository_type = {_quote(kind)}"]
-        lines += [f"file = {_quote(file)}"] if file else []
-        lines += [f"local_name = {_quote(local)}", f"licence = {_quote(licence)}", ""]
-    return lines
+def _by_hand(path: Path) -> str:
+    """What stands before the first tiny model."""
+    text = path.read_text(encoding="utf-8") if path.exists() else HEAD
+    return re.split(r"^\[tiny\b", text, maxsplit=1, flags=re.MULTILINE)[0].rstrip() + "\n"
 
 
 def _tiny(out: Path, record: dict[str, Any]) -> list[str]:
@@ -111,6 +62,6 @@ def _tiny(out: Path, record: dict[str, Any]) -> list[str]:
 
 
 def write_manifest(out: Path, record: dict[str, Any]) -> None:
-    """Write `out`/manifest.toml from what is there."""
-    text = "\n".join([HEAD, *_real(), *_tiny(out, record)]).rstrip() + "\n"
-    (out / "manifest.toml").write_text(text, encoding="utf-8")
+    """Write `out`/manifest.toml from what is there, below what was written by hand."""
+    path = out / "manifest.toml"
+    path.write_text("\n".join([_by_hand(path), *_tiny(out, record)]).rstrip() + "\n", encoding="utf-8")

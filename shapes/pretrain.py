@@ -2,10 +2,11 @@
 
     python -m shapes.pretrain                       # everything that is missing or whose recipe has changed
     python -m shapes.pretrain --only clip hps       # these stages
-    python -m shapes.pretrain --force denoiser      # again, whatever is there
+    python -m shapes.pretrain --force denoiser      # again, whatever is there, and what builds on it
 
 A stage whose output exists with the digest of its recipe (and of the recipes it builds on) is skipped, so an interrupted run goes
-on where it stopped.  `checkpoints/tiny-recipes.json` keeps the digests, the seconds and the measured quality.
+on where it stopped when it is started without --force, which begins anew each time.  `checkpoints/tiny-recipes.json` keeps the
+digests, the seconds and the measured quality.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import hashlib
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -49,6 +51,11 @@ class Paths:
     @property
     def taesd(self) -> Path:
         return self.out / "tiny-taesd"
+
+    @property
+    def clip_trainee(self) -> Path:
+        """What the preference tower starts from."""
+        return self.work / "clip-trainee.pt"
 
     @property
     def record(self) -> Path:
@@ -109,13 +116,13 @@ def decoded(paths: Paths) -> torch.Tensor:
 def make_clip(paths: Paths) -> dict[str, float]:
     model = towers.train_clip(world(paths), decoded(paths), CLIP, "clip")
     towers.save_tower(model.clip, CLIP, paths.out / "tiny-clip")
-    torch.save(model.state_dict(), paths.work / "clip-trainee.pt")  # where the preferences start from
+    torch.save(model.state_dict(), paths.clip_trainee)
     return measure.tower(paths.out / "tiny-clip", judged(paths))
 
 
 def make_hps(paths: Paths) -> dict[str, float]:
     start = towers.new_trainee(CLIP)
-    start.load_state_dict(torch.load(paths.work / "clip-trainee.pt", weights_only=True))
+    start.load_state_dict(torch.load(paths.clip_trainee, weights_only=True))
     model = towers.train_hps(start, world(paths), decoded(paths), HPS, "hps")
     towers.save_tower(model.clip, HPS, paths.out / "tiny-hps", hps_file="HPS_tiny.pt")
     return measure.tower(paths.out / "tiny-hps", judged(paths))
@@ -128,7 +135,8 @@ def make_heldout(paths: Paths) -> dict[str, float]:
 
 
 def make_denoiser(paths: Paths) -> dict[str, float]:
-    dn.train_denoiser(paths.sdxl, paths.work, DENOISER)
+    (stage,) = (stage for stage in STAGES if stage.make is make_denoiser)
+    dn.train_denoiser(paths.sdxl, paths.work, DENOISER, run_name(stage))
     scores = dn.teacher_adherence(paths.sdxl, CFGS)
     return {f"adherence, 25 steps, cfg {cfg:g}": value for cfg, value in scores.items()}
 
@@ -158,29 +166,64 @@ def digest(stage: Stage) -> str:
     return hashlib.blake2b(repr((stage.name, stage.recipe, PICTURES, below)).encode(), digest_size=8).hexdigest()
 
 
+def run_name(stage: Stage) -> str:
+    """The folder in `work` of a stage that the trainer trains."""
+    return f"{stage.name}-{digest(stage)}"
+
+
 def read_record(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
-def run(stage: Stage, paths: Paths, force: bool) -> None:
-    """Make one stage unless it is there already, and note what came of it."""
-    record = read_record(paths.record)
-    known = record.get(stage.name, {})
-    if not force and known.get("digest") == digest(stage) and stage.output(paths).exists():
-        print(f"{stage.name}: present, {known['measured']}", flush=True)
-        return
+def write_record(path: Path, record: dict[str, Any]) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def present(stage: Stage, paths: Paths) -> bool:
+    known = read_record(paths.record).get(stage.name, {})
+    return known.get("digest") == digest(stage) and stage.output(paths).exists()
+
+
+def with_dependents(names: set[str]) -> set[str]:
+    """These stages and all that build on them."""
+    found = set(names)
+    for stage in STAGES:  # each comes after what it needs
+        if found & set(stage.needs):
+            found.add(stage.name)
+    return found
+
+
+def plan(paths: Paths, only: set[str], force: set[str]) -> list[Stage]:
+    """What is to be made, in order: what is forced, missing or of another recipe, and what builds on that."""
+    forced, todo = with_dependents(force), list[Stage]()
+    for stage in STAGES:
+        stale = not present(stage, paths) or any(other.name in stage.needs for other in todo)
+        if stage.name in forced or (stage.name in only and stale):
+            todo.append(stage)
+    return todo
+
+
+def forget(paths: Paths, stages: set[str]) -> None:
+    """Nothing of these stages counts as done any more, nor goes on where it stopped."""
+    record = {name: known for name, known in read_record(paths.record).items() if name not in stages}
+    write_record(paths.record, record)
+    for stage in STAGES:
+        if stage.name in stages:
+            shutil.rmtree(paths.work / run_name(stage), ignore_errors=True)
+
+
+def run(stage: Stage, paths: Paths) -> None:
+    """Make one stage and note what came of it; what was built on the old one is forgotten first."""
+    forget(paths, with_dependents({stage.name}) - {stage.name})
     print(f"{stage.name}: training", flush=True)
     start = time.monotonic()
     measured = {key: round(value, 4) for key, value in stage.make(paths).items()}
     seconds = round(time.monotonic() - start)
     print(f"{stage.name}: done in {seconds} s, {measured}", flush=True)
-    record = {
-        **read_record(paths.record),
-        stage.name: {"digest": digest(stage), "seconds": seconds, "measured": measured},
-    }
-    partial = paths.record.with_suffix(".partial")
-    partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, paths.record)
+    known = {"digest": digest(stage), "seconds": seconds, "measured": measured}
+    write_record(paths.record, {**read_record(paths.record), stage.name: known})
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -189,14 +232,24 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("checkpoints"), help="where the models go")
     parser.add_argument("--work", type=Path, default=Path("runs/pretrain"), help="where intermediate files go")
     parser.add_argument("--only", nargs="+", choices=names, default=names, help="stages to run")
-    parser.add_argument("--force", nargs="+", choices=names, default=[], help="stages to run even if present")
+    parser.add_argument(
+        "--force", nargs="+", choices=names, default=[], help="stages to run even if present, with what builds on them"
+    )
     args = parser.parse_args(argv)
     paths = Paths(args.out, args.work)
     for folder in (paths.out, paths.work):
         folder.mkdir(parents=True, exist_ok=True)
-    for stage in STAGES:
-        if stage.name in args.only or stage.name in args.force:
-            run(stage, paths, stage.name in args.force)
+    todo = plan(paths, set(args.only), set(args.force))
+    names = [stage.name for stage in todo]
+    if "hps" in names and "clip" not in names and not paths.clip_trainee.exists():
+        parser.error(
+            f"stage hps starts from {paths.clip_trainee}, which is not there: add --force clip, which makes it"
+        )
+    print(f"to make: {', '.join(names) or 'nothing, all is present'}", flush=True)
+    if args.force:
+        forget(paths, with_dependents(set(args.force)))
+    for stage in todo:
+        run(stage, paths)
     write_manifest(paths.out, read_record(paths.record))
 
 

@@ -190,13 +190,14 @@ def write_prompts(split: str, count: int, seed: int, out: Path) -> None:
 
 
 def write_pictures(split: str, count: int, seed: int, out: Path) -> None:
-    """PNGs and ``metadata.csv`` with the columns image (a path beside the table) and prompt."""
+    """PNGs and ``metadata.csv`` with the columns image (a path beside the table) and prompt; where it is, all is."""
     from PIL import Image
 
     from shapes.render import render
 
     out.mkdir(parents=True, exist_ok=True)
-    with open(out / "metadata.csv", "w", newline="", encoding="utf-8") as handle:
+    partial = out / "metadata.partial"
+    with open(partial, "w", newline="", encoding="utf-8") as handle:
         table = csv.writer(handle)
         table.writerow(["image", "prompt"])
         for index, (scene, text) in enumerate(samples(split, seed, count)):
@@ -204,6 +205,7 @@ def write_pictures(split: str, count: int, seed: int, out: Path) -> None:
             name = f"{index:06d}.png"
             Image.fromarray((pixels * 255 + 0.5).astype(np.uint8)).save(out / name)
             table.writerow([name, text])
+    partial.replace(out / "metadata.csv")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -30,7 +30,7 @@ class World:
         return self.pictures[index].float() / 255
 
 
-def _code_digest() -> str:
+def code_digest() -> str:
     """Digest of the files that decide what a picture looks like, so that a stale store is never read."""
     here = Path(__file__).parent
     return hashlib.blake2b(
@@ -42,7 +42,7 @@ def load_world(split: str, seed: int, count: int, store: Path | None = None) -> 
     """Draw scenes 0 .. count-1 of a split; pictures are kept in the folder `store` when given."""
     drawn = [sample(split, seed, index) for index in range(count)]
     scenes, captions = [scene for scene, _ in drawn], [text for _, text in drawn]
-    path = store / f"{split}-{seed}-{count}-{_code_digest()}.npy" if store else None
+    path = store / f"{split}-{seed}-{count}-{code_digest()}.npy" if store else None
     if path and path.exists():
         return World(torch.from_numpy(np.load(path)), scenes, captions)
     pixels = np.empty((count, 3, 64, 64), np.uint8)

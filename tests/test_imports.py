@@ -65,7 +65,7 @@ LIBRARIES = {
     "sampling": {"torch"},
     "methods": {"torch"},
     "networks": {"torch", "peft", "safetensors"},
-    "families": {"torch", "diffusers", "transformers", "safetensors", "huggingface_hub", "numpy", "PIL"},
+    "families": {"torch", "diffusers", "transformers", "safetensors", "open_clip", "huggingface_hub", "numpy", "PIL"},
     "engine": {"torch", "numpy", "accelerate", "deepspeed", "bitsandbytes"},
     "checkpoint": {"torch", "numpy", "safetensors", "xxhash"},
     "rewards": {"torch", "torchvision", "open_clip", "transformers", "safetensors"},

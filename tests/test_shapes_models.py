@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from shapes import autoencoder as ae
-from shapes import degrade, measure, parallel, pretrain, scenes, towers
+from shapes import degrade, denoiser, measure, parallel, pretrain, render, scenes, towers
+from shapes.manifest import write_manifest
 from shapes.muon import orthogonal
 from shapes.tokenizer import new_tokenizer
 from shapes.world import generator, load_world
@@ -77,29 +78,120 @@ def test_spoiled_pictures_are_pictures_and_repeat(judged):
     assert ae.retention(wrong, judged.captions[:24]) <= 0.35  # erasing or splicing an empty half changes nothing
 
 
-def test_a_stage_is_skipped_until_its_recipe_or_one_below_changes(tmp_path, monkeypatch, capsys):
-    made = []
+class Stages:
+    """Three stages that only write down that they were made: a <- b <- c."""
 
-    def stage(name, recipe, needs):
+    def __init__(self, folder, monkeypatch):
+        self.paths, self.made = pretrain.Paths(folder / "out", folder / "work"), []
+        self.patch = monkeypatch
+        self.recipe("first")
+
+    def stage(self, name, recipe, needs):
         def make(paths):
-            made.append(name)
+            self.made.append(name)
             (paths.out / name).mkdir(exist_ok=True)
             return {"quality": 1.0}
 
         return pretrain.Stage(name, recipe, needs, lambda p: p.out / name, make)
 
-    def go(first):
-        stages = (stage("a", first, ()), stage("b", 2, ("a",)))
-        monkeypatch.setattr(pretrain, "STAGES", stages)
-        made.clear()
-        for one in stages:
-            pretrain.run(one, pretrain.Paths(tmp_path, tmp_path), force=False)
-        return list(made)
+    def recipe(self, first):
+        stages = (self.stage("a", first, ()), self.stage("b", 2, ("a",)), self.stage("c", 3, ("b",)))
+        self.patch.setattr(pretrain, "STAGES", stages)
 
-    assert go(1) == ["a", "b"]
-    assert go(1) == []
-    assert go(7) == ["a", "b"]
-    assert json.loads((tmp_path / "tiny-recipes.json").read_text())["b"]["measured"] == {"quality": 1.0}
+    def go(self, *flags):
+        self.made.clear()
+        pretrain.main(["--out", str(self.paths.out), "--work", str(self.paths.work), *flags])
+        return list(self.made)
+
+    @property
+    def record(self):
+        return json.loads(self.paths.record.read_text())
+
+
+@pytest.fixture
+def stages(tmp_path, monkeypatch):
+    return Stages(tmp_path, monkeypatch)
+
+
+def test_a_stage_is_skipped_until_its_recipe_or_one_below_changes(stages):
+    assert stages.go() == ["a", "b", "c"]
+    assert stages.go() == []
+    stages.recipe("other")
+    assert stages.go() == ["a", "b", "c"]
+    assert stages.record["b"]["measured"] == {"quality": 1.0}
+
+
+def test_forcing_a_stage_forces_what_builds_on_it_and_removes_its_unfinished_run(stages):
+    stages.go()
+    runs = {stage.name: stages.paths.work / pretrain.run_name(stage) for stage in pretrain.STAGES}
+    for folder in runs.values():
+        folder.mkdir()
+    assert stages.go("--force", "b", "--only", "a") == ["b", "c"]
+    assert [name for name, folder in runs.items() if folder.exists()] == ["a"]
+
+
+def test_what_was_built_on_a_replaced_stage_has_no_quality(stages):
+    """The manifest would pair new weights with old numbers."""
+    stages.go()
+    (stages.paths.out / "b").rmdir()
+    assert stages.go("--only", "b") == ["b"]
+    assert set(stages.record) == {"a", "b"}
+
+
+def test_an_interrupted_force_goes_on_without_it(stages, monkeypatch):
+    stages.go()
+    first, second, third = pretrain.STAGES
+    monkeypatch.setattr(pretrain, "STAGES", (first, replace(second, make=lambda paths: 1 / 0), third))
+    with pytest.raises(ZeroDivisionError):
+        stages.go("--force", "a")
+    stages.recipe("first")
+    assert stages.go() == ["b", "c"]
+
+
+def test_the_preference_tower_says_what_it_starts_from(tmp_path, capsys):
+    with pytest.raises(SystemExit) as caught:
+        pretrain.main(["--out", str(tmp_path), "--work", str(tmp_path), "--force", "hps", "--only", "hps"])
+    assert caught.value.code == 2
+    assert "add --force clip" in capsys.readouterr().err
+
+
+def test_the_committed_models_are_of_the_recipes_that_stand_here(tmp_path):
+    assert pretrain.plan(pretrain.Paths(CHECKPOINTS, tmp_path), {stage.name for stage in pretrain.STAGES}, set()) == []
+
+
+def test_an_interrupted_render_is_made_again(tmp_path, monkeypatch):
+    drawn = []
+
+    def broken(scene, rng):
+        drawn.append(scene)
+        if len(drawn) == 3:
+            raise KeyboardInterrupt
+        return whole(scene, rng)
+
+    whole = render.render
+    monkeypatch.setattr(render, "render", broken)
+    with pytest.raises(KeyboardInterrupt):
+        scenes.write_pictures("train", 5, 0, tmp_path)
+    monkeypatch.setattr(render, "render", whole)
+    assert not (tmp_path / "metadata.csv").exists()
+    scenes.write_pictures("train", 5, 0, tmp_path)
+    assert len((tmp_path / "metadata.csv").read_text().splitlines()) == 1 + len(list(tmp_path.glob("*.png"))) == 6
+
+
+def test_every_recipe_of_the_denoiser_has_its_own_pictures_and_run(tmp_path, monkeypatch):
+    """What differs must not go on from what is there."""
+    commands = []
+    monkeypatch.setattr(denoiser.subprocess, "run", lambda command, check: commands.append(command))
+    monkeypatch.setattr(denoiser, "install_unet", lambda trained, folder: commands.append([str(trained)]))
+    few = denoiser.DenoiserRecipe(pictures=4, steps=2)
+    for recipe, name in ((few, "one"), (replace(few, pictures=5), "two"), (replace(few, seed=1), "three")):
+        denoiser.train_denoiser(tmp_path, tmp_path, recipe, name)
+    renders, trainings, installed = commands[::3], commands[1::3], commands[2::3]
+    tables = [command[command.index("--data-path-train") + 1] for command in trainings]
+    assert [f"{command[command.index('--out') + 1]}/metadata.csv" for command in renders] == tables
+    assert len(set(tables)) == 3
+    assert [command[command.index("--exp-name") + 1] for command in trainings] == ["one", "two", "three"]
+    assert all(f"/{name}/" in trained for name, (trained,) in zip(("one", "two", "three"), installed, strict=True))
 
 
 # ------------------------------------------------------------------ the committed models
@@ -113,7 +205,21 @@ def test_committed_files_have_the_digests_of_the_manifest_and_fit_the_budget():
             assert hashlib.sha256(data).hexdigest() == digest, f"{name}/{file}"
     assert set(listed["tiny"]) == {"tiny-sdxl", "tiny-taesd", "tiny-clip", "tiny-hps", "tiny-clip-heldout"}
     assert total <= 20e6
-    assert all("sha256" not in entry for entry in listed["real"].values())
+
+
+def test_what_was_written_by_hand_stays_in_the_manifest(tmp_path):
+    committed = (CHECKPOINTS / "manifest.toml").read_text(encoding="utf-8")
+    for folder in CHECKPOINTS.glob("tiny-*/"):
+        (tmp_path / folder.name).symlink_to(folder)
+    record = json.loads((CHECKPOINTS / "tiny-recipes.json").read_text())
+    added = committed.replace('[real."taesdxl"]\n', '[real."taesdxl"]\nsha256 = "12" # of my download\n')
+    for text in (committed, added):
+        (tmp_path / "manifest.toml").write_text(text, encoding="utf-8")
+        write_manifest(tmp_path, record)
+        assert (tmp_path / "manifest.toml").read_text(encoding="utf-8") == text
+    (tmp_path / "manifest.toml").unlink()
+    write_manifest(tmp_path, record)
+    assert set(tomllib.loads((tmp_path / "manifest.toml").read_text())) == {"tiny"}
 
 
 def test_autoencoder_and_fast_decoder_keep_what_is_shown(judged):

@@ -26,13 +26,15 @@ import torch
 from train_t2i import build
 from train_t2i.cli import parse_verb
 from train_t2i.config import LAYOUTS, Config, DMDRConfig, Settings, flag
+from train_t2i.config_checks import check
 from train_t2i.engine import DTYPES, AdamSettings, Engine
-from train_t2i.errors import EXIT_DONE, UserError
+from train_t2i.errors import EXIT_DISK, EXIT_DONE, UserError
 from train_t2i.feed import Feed, Prompts
 from train_t2i.full_size import random_sdxl, random_vit_h_14
 from train_t2i.methods import METHODS, Method
 from train_t2i.methods.base import Clock
 from train_t2i.networks import Networks
+from train_t2i.storage import write_atomically
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,8 @@ class Bench:
 
 
 def settings_of(config: BenchmarkConfig, layout: str, checkpointing: bool) -> Settings:
+    """The settings of one row, checked as the trainer checks them."""
+    rewarded = config.clip_reward_model or config.hpsv2_reward_model
     run = Config(
         pretrained_model=config.pretrained_model, tiny_vae=config.tiny_vae, resolution=config.resolution,
         sample_num_steps=config.sample_num_steps, layout=layout, use_lora_gen=LAYOUTS[layout]["generator"][1] is not None,
@@ -105,10 +109,12 @@ def settings_of(config: BenchmarkConfig, layout: str, checkpointing: bool) -> Se
         gradient_checkpointing=checkpointing,
     )  # fmt: skip
     method = DMDRConfig(
-        ratio_update=config.ratio_update, cold_start_iter=0, clip_reward_model=config.clip_reward_model,
-        hpsv2_reward_model=config.hpsv2_reward_model,
+        ratio_update=config.ratio_update, cold_start_iter=0 if rewarded else run.max_train_steps,
+        clip_reward_model=config.clip_reward_model, hpsv2_reward_model=config.hpsv2_reward_model,
     )  # fmt: skip
-    return Settings(run, method)
+    settings = Settings(run, method)
+    check(settings)
+    return settings
 
 
 def prepare(config: BenchmarkConfig, layout: str, checkpointing: bool) -> Bench:
@@ -189,12 +195,38 @@ def measure(config: BenchmarkConfig, layout: str, checkpointing: bool) -> dict[s
     }
 
 
+def write(config: BenchmarkConfig, rows: list[dict[str, Any]]) -> None:
+    """The JSON of the rows so far."""
+    if not config.out:
+        return
+    text = json.dumps({"settings": dataclasses.asdict(config), "rows": rows}, indent=1) + "\n"
+    try:
+        write_atomically(Path(config.out), text)
+    except OSError as error:
+        raise UserError(
+            f"--out {config.out}: cannot be written ({error.strerror})", "choose another file, or make room", EXIT_DISK
+        ) from None
+
+
+def check_benchmark(config: BenchmarkConfig, layouts: Sequence[str]) -> None:
+    """All that can be known before the first model is loaded."""
+    if unknown := sorted(set(layouts) - set(LAYOUTS)):
+        raise UserError(f"--layouts {','.join(unknown)}: unknown", f"known: {', '.join(LAYOUTS)}")
+    if config.size == "sdxl" and not torch.cuda.is_available():
+        raise UserError(
+            "--size sdxl needs a CUDA device", "give a small model as --pretrained-model with --size folder"
+        )
+    for layout in layouts:
+        settings_of(config, layout, False)
+    Prompts(config.data_path_train)
+    write(config, [])
+
+
 def main(arguments: Sequence[str]) -> int:
     config = parse_verb(BenchmarkConfig, "benchmark", arguments)
     layouts = config.layouts.split(",")
-    if unknown := sorted(set(layouts) - set(LAYOUTS)):
-        raise UserError(f"--layouts {','.join(unknown)}: unknown", f"known: {', '.join(LAYOUTS)}")
-    rows = []
+    check_benchmark(config, layouts)
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         if config.size == "sdxl":
             tower = str(random_vit_h_14(Path(folder), DTYPES[config.mixed_precision]))
@@ -205,7 +237,5 @@ def main(arguments: Sequence[str]) -> int:
                     row = fresh.submit(measure, config, layout, checkpointing).result()
                 rows.append(row)
                 print(json.dumps(row), flush=True)
-    if config.out:
-        Path(config.out).parent.mkdir(parents=True, exist_ok=True)
-        Path(config.out).write_text(json.dumps({"settings": dataclasses.asdict(config), "rows": rows}, indent=1) + "\n")
+                write(config, rows)
     return EXIT_DONE

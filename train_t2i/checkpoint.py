@@ -23,13 +23,12 @@ from torch import Tensor
 
 from train_t2i import storage
 from train_t2i.errors import EXIT_DISK, UserError
-from train_t2i.storage import Damaged
+from train_t2i.storage import Damaged, Manifest
 
 RECORDS = "torch_units"
 TEMPORARY = ".tmp-"
 STEP = re.compile(r"step-(0|[1-9][0-9]*)")
 SPARE_BYTES = 1 << 20  # records, JSON, folders: what a save needs besides its tensors
-Manifest = dict[str, list]
 log = logging.getLogger(__name__)
 
 

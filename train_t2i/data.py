@@ -3,12 +3,9 @@
 What cannot be used is a UserError that names the file and the line or row; nothing is skipped silently.
 """
 
-import contextlib
 import hashlib
 import logging
-import math
 import os
-import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -103,18 +100,12 @@ def _prompt_of(record: Mapping[str, Any], path: Path, number: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row of an image-text table; the columns of the pairs are None where the table has none."""
+    """One row of an image-text table."""
 
     table: Path
     number: int
     image: Path
     prompt: str
-    seed: int | None = None
-    rand_device: str | None = None
-    num_inference_steps: int | None = None
-    cfg_scale: float | None = None
-    height: int | None = None
-    width: int | None = None
 
     @property
     def place(self) -> str:
@@ -122,11 +113,8 @@ class Row:
         return place_of(self.table, self.number)
 
 
-NUMBERS = {"seed": int, "num_inference_steps": int, "cfg_scale": float, "height": int, "width": int}
-
-
 def load_rows(path: str | os.PathLike[str]) -> list[Row]:
-    """The rows of a table (.csv, .tsv, .jsonl, .json, .parquet) with the columns image and prompt, and those of Row.
+    """The rows of a table (.csv, .tsv, .jsonl, .json, .parquet) with the columns image and prompt.
 
     Image paths are relative to the table's folder and stay inside it; every image must be there.  Raises UserError.
     """
@@ -135,32 +123,15 @@ def load_rows(path: str | os.PathLike[str]) -> list[Row]:
         raise UserError(f"{path} is not a table", f"give one of {', '.join(READERS)} with the columns image and prompt")
     resolve = _Inside(path)
     rows = []
-    for number, record in records(path, ("image", *PROMPT_COLUMNS, "rand_device", *NUMBERS)):
+    for number, record in records(path, ("image", *PROMPT_COLUMNS)):
         prompt = _prompt_of(record, path, number)
         if not (name := clean(record.get("image"), "image", path, number)):
             raise UserError(f"{place_of(path, number)}: no image", "the column image holds its path beside the table")
-        extra: dict[str, Any] = {
-            key: _number(kind, record.get(key), key, path, number) for key, kind in NUMBERS.items()
-        }
-        extra["rand_device"] = clean(record.get("rand_device"), "rand_device", path, number) or None
-        rows.append(Row(path, number, resolve(name, number), prompt, **extra))
+        rows.append(Row(path, number, resolve(name, number), prompt))
     if not rows:
         raise UserError(f"{path} holds no row")
     log.info("%s: %d rows, %d of them with a blank prompt", path, len(rows), sum(not row.prompt for row in rows))
     return rows
-
-
-def _number(kind: type, value: object, name: str, path: Path, number: int) -> int | float | None:
-    """A cell as a finite number of ``kind``; blank, None and NaN (an absent cell, to pandas) are None."""
-    cell, least = value, -math.inf if name in ("seed", "cfg_scale") else 1
-    with contextlib.suppress(ValueError, OverflowError):
-        if isinstance(cell, str) and cell.strip():
-            cell = int(cell) if re.fullmatch(r"\s*[-+]?\d+\s*", cell) else float(cell)
-        if cell is None or isinstance(cell, str) or cell != cell:
-            return None
-        if type(cell) in (int, float) and kind(cell) == cell and least <= cell < 2**63:  # type: ignore[operator]
-            return kind(cell)
-    raise UserError(f"{place_of(path, number)}: {name} is {short(repr(value))}", "write a number that it can be")
 
 
 class _Inside:
@@ -187,25 +158,18 @@ class _Inside:
         return Path(full)
 
 
-def load_image(row: Row, height_px: int, width_px: int) -> Tensor:
-    """(3, height_px, width_px) fp32 in [0, 1].  Raises UserError when it is broken or has another size."""
-    image = _decode(row)
-    if image.size != (width_px, height_px):
-        raise UserError(
-            f"{row.place}: image {row.image.name} is {image.width}x{image.height} px, not {width_px}x{height_px}",
-            "resize it, or set the resolution to it",
-        )
-    return _tensor(image)
-
-
 def fit_image(row: Row, height_px: int, width_px: int) -> Tensor:
-    """The same from an image of any size: its largest centred part of that shape, resized (bicubic, antialiased)."""
+    """(3, height_px, width_px) fp32 in [0, 1]: the largest centred part of that shape, resized (bicubic, antialiased).
+
+    Raises UserError for an image that cannot be used.
+    """
     image = _decode(row)
     scale = min(image.width / width_px, image.height / height_px)  # pixels of the image for one of the result
     width, height = width_px * scale, height_px * scale
     left, top = (image.width - width) / 2, (image.height - height) / 2
     box = (left, top, left + width, top + height)
-    return _tensor(image.resize((width_px, height_px), Image.Resampling.BICUBIC, box))
+    fitted = image.resize((width_px, height_px), Image.Resampling.BICUBIC, box)
+    return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).float().div_(255)
 
 
 def _decode(row: Row) -> Image.Image:
@@ -228,7 +192,3 @@ def _decode(row: Row) -> Image.Image:
         raise UserError(
             f"{row.place}: image {row.image.name} cannot be used: {short(str(error))}", "replace it or drop the row"
         ) from None
-
-
-def _tensor(image: Image.Image) -> Tensor:
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div_(255)

@@ -10,7 +10,6 @@ import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderTiny,
-    EulerDiscreteScheduler,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
@@ -20,24 +19,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from rewards.preprocess import Preprocess
 from rewards.tower import VIT_H_14, Source, empty_model
 from train_t2i.families.sdxl import SDXL
-
-UNET = {
-    "sample_size": 128, "in_channels": 4, "out_channels": 4, "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "layers_per_block": 2, "transformer_layers_per_block": (1, 2, 10), "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048, "use_linear_projection": True, "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
-}  # fmt: skip
-VAE = {
-    "block_out_channels": (128, 256, 512, 512), "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4, "layers_per_block": 2, "scaling_factor": 0.13025,
-}  # fmt: skip
-CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-CLIP_G = {
-    "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20,
-    "hidden_act": "gelu", "projection_dim": 1280,
-}  # fmt: skip
+from train_t2i.families.sdxl_file import CLIP_G, CLIP_L, UNET, VAE, scheduler
 
 
 def randomised(net: nn.Module, dtype: torch.dtype, seed: int = 0) -> Any:
@@ -80,8 +62,7 @@ def random_sdxl(dtype: torch.dtype, *, checkpoint_decoder: bool = False) -> SDXL
     pipe = StableDiffusionXLPipeline(
         AutoencoderKL(**VAE), text_encoder(CLIPTextModel, CLIP_L, dtype),
         text_encoder(CLIPTextModelWithProjection, CLIP_G, dtype), tokenizer(), tokenizer(), unet=None,
-        scheduler=EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
-        add_watermarker=False,
+        scheduler=scheduler(), add_watermarker=False,
     )  # fmt: skip
     return SDXL(pipe, random_unet, tiny=AutoencoderTiny(), checkpoint_decoder=checkpoint_decoder)
 

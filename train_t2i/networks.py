@@ -34,10 +34,6 @@ class AdapterSpec:
     alpha: int
 
 
-def plain() -> AbstractContextManager:
-    return nullcontext()
-
-
 class Networks:
     """The modules of a run and the roles that are played on them.
 
@@ -51,7 +47,7 @@ class Networks:
         modules: dict[str, nn.Module],
         layout: str,
         trains: tuple[Role, ...],
-        autocast: Callable[[], AbstractContextManager] = plain,
+        autocast: Callable[[], AbstractContextManager] = nullcontext,
     ) -> None:
         self.family, self.modules, self.layout, self.trains = family, modules, layout, trains
         self.routes = LAYOUTS[layout]
@@ -189,7 +185,7 @@ def build_networks(
     dtype: torch.dtype,
     device: torch.device,
     checkpointing: bool = False,
-    autocast: Callable[[], AbstractContextManager] = plain,
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
     prepare: Callable[[dict[str, nn.Module]], None] = lambda modules: None,
 ) -> Networks:
     """Load what the used roles need, once; trained full modules in fp32, frozen ones in ``dtype``.

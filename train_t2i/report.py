@@ -8,7 +8,6 @@ Several runs are stages of one story: their curves follow each other on one axis
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +36,7 @@ def main(arguments: Sequence[str]) -> int:
         raise UserError("no run to report on", "give run folders, OUTPUT_DIR/EXP_NAME")
     from train_t2i.report_page import Table, page
     from train_t2i.report_plots import draw_all
+    from train_t2i.storage import write_atomically
 
     for path in config.table:
         if not Path(path).is_file():
@@ -46,10 +46,7 @@ def main(arguments: Sequence[str]) -> int:
     out = Path(config.out)
     try:
         plots = draw_all(runs, out / "plots")
-        text = page(config.title, runs, plots, tables, config.max_sheets)
-        temporary = out / ".index.html.tmp"
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, out / "index.html")
+        write_atomically(out / "index.html", page(config.title, runs, plots, tables, config.max_sheets))
     except OSError as error:
         raise UserError(f"--out {out}: {error.strerror or error}", "choose another folder, or free the disk") from None
     print(out / "index.html")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 from tqdm import tqdm
 
@@ -165,10 +165,7 @@ def read_features(path: Path, count: int) -> Tensor | None:
 
 def write_features(path: Path, features: Tensor) -> None:
     """Keep features; complete or absent.  Without room for it, the next evaluation computes them again."""
-    temporary = path.with_suffix(".tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"features": features.contiguous()}, temporary)
-        temporary.replace(path)
+        storage.write_atomically(path, save({"features": features.contiguous()}))
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})", "choose another --out") from None

@@ -59,6 +59,19 @@ def write_bytes(path: Path, data: bytes) -> None:
     sync(path)
 
 
+def write_atomically(path: Path, data: bytes | str) -> None:
+    """The whole new file or the old one, at any instant; the folder is made.  Raises OSError."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        make_folder(path.parent)
+        write_bytes(temporary, data.encode() if isinstance(data, str) else data)
+        rename(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
 def write_json(path: Path, value: object) -> None:
     write_bytes(path, (json.dumps(value, indent=1) + "\n").encode())
 

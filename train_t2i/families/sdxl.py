@@ -14,6 +14,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny, DDPMScheduler, StableDiffu
 from torch import Tensor, nn
 
 from train_t2i.errors import UserError
+from train_t2i.families import sdxl_file
 from train_t2i.families.base import Cond
 from train_t2i.schedule import EpsilonVP
 
@@ -129,6 +130,8 @@ class _told:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError)):
             first_line = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+            if "meta tensor" in first_line:  # what diffusers leaves where a file has no weight
+                first_line = "some of its weights are missing"
             raise UserError(
                 f"{self.flag} {self.source}: cannot be loaded ({first_line})",
                 "give a hub id, a diffusers pipeline folder, or a single .safetensors file",
@@ -143,23 +146,40 @@ def _load_pipeline(model: str, dtype: torch.dtype) -> Any:
     """Everything but the UNet."""
     with _told(model, "--pretrained-model"):
         if _is_file(model):
-            return StableDiffusionXLPipeline.from_single_file(model, unet=None, dtype=dtype, add_watermarker=False)
-        pipe = StableDiffusionXLPipeline.from_pretrained(model, unet=None, dtype=dtype, add_watermarker=False)
+            pipe = _pipeline_of_file(model, dtype)
+        else:
+            pipe = StableDiffusionXLPipeline.from_pretrained(model, unet=None, dtype=dtype, add_watermarker=False)
         pipe.set_progress_bar_config(disable=True)
         return pipe
+
+
+def _pipeline_of_file(file: str, dtype: torch.dtype) -> Any:
+    sdxl_file.check_file(file)
+    first, second = sdxl_file.tokenizers()
+    with sdxl_file.configs() as folder:
+        return StableDiffusionXLPipeline.from_single_file(
+            file, config=folder, tokenizer=first, tokenizer_2=second, scheduler=sdxl_file.scheduler(), unet=None,
+            dtype=dtype, add_watermarker=False,
+        )  # fmt: skip
 
 
 def _load_unet(model: str, dtype: torch.dtype) -> nn.Module:
     with _told(model, "--pretrained-model"):
         if _is_file(model):
-            return UNet2DConditionModel.from_single_file(model, dtype=dtype)
+            with sdxl_file.configs() as folder:
+                return UNet2DConditionModel.from_single_file(model, config=folder, subfolder="unet", dtype=dtype)
         return UNet2DConditionModel.from_pretrained(model, subfolder="unet", dtype=dtype)
 
 
 def _load_part(kind: Any, source: str, flag: str) -> Any:
+    if _is_file(source) and kind is AutoencoderTiny:
+        raise UserError(
+            f"{flag} {source}: a tiny decoder is a folder", "give the folder with its config.json, or a hub id"
+        )
     with _told(source, flag):
         if _is_file(source):
-            return kind.from_single_file(source, dtype=torch.float32)
+            with sdxl_file.configs() as folder:
+                return kind.from_single_file(source, config=folder, subfolder="vae", dtype=torch.float32)
         return kind.from_pretrained(source, dtype=torch.float32)
 
 

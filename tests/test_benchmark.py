@@ -1,0 +1,112 @@
+"""The benchmark: one tiny row as its JSON tells it, and what is refused before a model loads."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+from reward_towers import write_folder
+
+from train_t2i.__main__ import main
+from train_t2i.benchmark import BenchmarkConfig
+
+
+def flags(sdxl: Path, tiny_vae: Path, prompts: Path, out: Path) -> list[str]:
+    return shlex.split(
+        f"--pretrained-model {sdxl} --tiny-vae {tiny_vae} --data-path-train {prompts} --out {out} --layouts shared "
+        "--resolution 32 --batch-size 2 --lora-rank 2 --ratio-update 2 --steps 1 --mixed-precision no"
+    )
+
+
+@pytest.fixture
+def arguments(sdxl_folder, tiny_vae_folder, prompts_file, tmp_path) -> list[str]:
+    return flags(sdxl_folder, tiny_vae_folder, prompts_file, tmp_path / "new" / "out.json")
+
+
+@pytest.fixture
+def in_this_process(monkeypatch) -> None:
+    """A row without the seconds that a process of its own needs to start."""
+
+    class Here:
+        def __init__(self, *_, **__):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            return None
+
+        def submit(self, call, *given):
+            value = call(*given)
+            return type("Done", (), {"result": staticmethod(lambda: value)})
+
+    monkeypatch.setattr("train_t2i.benchmark.ProcessPoolExecutor", Here)
+
+
+def test_a_row_says_where_the_time_of_a_step_goes(arguments, in_this_process, tmp_path, capsys):
+    tower = write_folder(tmp_path / "clip", "clip")
+    assert main(["benchmark", *arguments, "--clip-reward-model", str(tower)]) == 0
+    told = json.loads((tmp_path / "new" / "out.json").read_text())
+    assert told["settings"]["ratio_update"] == 2
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == told["rows"]
+    assert [(row["layout"], row["gradient_checkpointing"]) for row in told["rows"]] == [
+        ("shared", False),
+        ("shared", True),
+    ]
+    for row in told["rows"]:
+        split = row["seconds_of_a_step"]
+        assert set(split) == {
+            "data", "text_encoding", "rollout", "guidance_update", "generator_update", "rewards_forward"
+        }  # fmt: skip
+        assert all(seconds > 0 for seconds in split.values())
+        assert sum(split.values()) <= row["seconds_step"] == 2 * row["seconds_tick"]
+        assert row["images_per_second"] == pytest.approx(2 * 2 / row["seconds_step"])
+        assert row["network_calls_step"] == 2 * (1 + 1) + 4  # R (N + 1) + 4
+        assert row["peak_memory_gib"] > 0
+        assert row["device"]
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ("--layouts shared,other", "--layouts other: unknown"),
+        ("--size sdxl", "--size sdxl needs a CUDA device"),
+        ("--resolution 30", "multiples of 8"),
+        ("--data-path-train /nowhere", "cannot read /nowhere"),
+        ("--out /proc/none/out.json", "--out /proc/none/out.json: cannot be written"),
+    ],
+)
+def test_mistakes_are_one_line_before_a_model_loads(arguments, more, said, monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("train_t2i.benchmark.ProcessPoolExecutor", lambda *_, **__: pytest.fail("measures"))
+    assert main(["benchmark", *arguments, *more.split()]) in (2, 5)
+    error = capsys.readouterr().err
+    assert said in error
+    assert "Traceback" not in error
+
+
+def test_an_interrupted_benchmark_keeps_its_rows(arguments, in_this_process, tmp_path, monkeypatch):
+    def once(config: BenchmarkConfig, layout: str, checkpointing: bool):
+        if checkpointing:
+            raise KeyboardInterrupt
+        return {"layout": layout}
+
+    monkeypatch.setattr("train_t2i.benchmark.measure", once)
+    with pytest.raises(KeyboardInterrupt):
+        main(["benchmark", *arguments])
+    assert json.loads((tmp_path / "new" / "out.json").read_text())["rows"] == [{"layout": "shared"}]
+
+
+@pytest.mark.slow
+def test_the_script_measures_the_tiny_world(tmp_path):
+    """Every row in a process of its own, models and prompts made by the script."""
+    more = ["--layouts", "separate", "--steps", "1", "--batch-size", "1", "--ratio-update", "1"]
+    script = Path(__file__).parent.parent / "scripts" / "benchmark.sh"
+    subprocess.run(["bash", str(script), *more], env={**os.environ, "WORK": str(tmp_path)}, check=True)
+    rows = json.loads((tmp_path / "benchmark.json").read_text())["rows"]
+    assert [row["network_calls_step"] for row in rows] == [6, 6]
