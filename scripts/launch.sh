@@ -7,10 +7,13 @@
 #   launch "$@"
 #
 # A setting is overridden by the environment (LEARNING_RATE_GEN=1e-6) or by an extra argument (--learning-rate-gen 1e-6),
-# which wins.  TINY=1 takes the third column, on the models in checkpoints/.  NUM_PROCESSES defaults to the GPUs that are here.
+# which wins.  TINY=1 takes the third column, on the models in checkpoints/, and makes the data that is missing.
+# NUM_PROCESSES defaults to the GPUs that are here.
 # On several machines: multi_node/multi.sh.
 # shellcheck source=scripts/setup.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/setup.sh"
+# shellcheck source=scripts/tiny_data.sh
+source "$SETUP_ROOT/scripts/tiny_data.sh"
 
 TINY="${TINY:-0}"
 [[ "$TINY" == 0 || "$TINY" == 1 ]] || setup_fail "TINY=$TINY: neither 0 nor 1" "set TINY=1 for the tiny world"
@@ -30,6 +33,18 @@ num_gpus() {
   if command -v nvidia-smi >/dev/null 2>&1; then nvidia-smi --list-gpus 2>/dev/null | wc -l; else echo 0; fi
 }
 
+make_tiny_data() { # EXTRA ARGUMENTS...: what the tiny column names and nobody has made; nothing where the caller names other data
+  local folder="${OUTPUT_DIR:-runs}" argument
+  [[ "$TINY" == 1 && -z "${DATA_PATH_TRAIN+given}" ]] || return 0
+  for argument in "$@"; do
+    [[ ! "$argument" =~ ^(-h|--help|--dry[-_]run|--data[-_]path[-_]train) ]] || return 0
+  done
+  [[ -e "$folder/prompts.txt" ]] || tiny_prompts "$folder/prompts.txt"
+  if [[ " ${ARGUMENTS[*]} " == *" --data-path-train=$folder/pairs "* && ! -e "$folder/pairs/metadata.csv" ]]; then
+    tiny_pairs "$folder/pairs" "$folder/prompts.txt" 768
+  fi
+}
+
 launch() { # EXTRA ARGUMENTS...: starts the run in this process
   local count="${NUM_PROCESSES:-$(num_gpus)}" machines="${NUM_MACHINES:-1}"
   local -a starter=()
@@ -39,5 +54,6 @@ launch() { # EXTRA ARGUMENTS...: starts the run in this process
   if ((machines > 1)); then # MACHINE_RANK, MASTER_ADDR and MASTER_PORT: see multi_node/multi.sh
     starter+=(--num_machines "$machines" --machine_rank "$MACHINE_RANK" --main_process_ip "$MASTER_ADDR" --main_process_port "$MASTER_PORT")
   fi
+  make_tiny_data "$@" >&2
   exec "$PYTHON" -m ${starter[@]+"${starter[@]}" -m} train_t2i train "${ARGUMENTS[@]}" "$@"
 }

@@ -5,7 +5,7 @@ source "$(dirname -- "${BASH_SOURCE[0]}")/sdxl.sh"
 
 #       flag             published                    tiny world: docs/recipe.md says why
 setting method           dmdr
-setting data-path-train  t2i-2m-filtered-prompts.txt  runs/prompts.txt
+setting data-path-train  t2i-2m-filtered-prompts.txt  "${OUTPUT_DIR:-runs}/prompts.txt"
 setting lora-rank        32                           16
 setting lora-scale-f     2.0
 setting lora-scale-r     0.5

@@ -3,6 +3,8 @@
 # Expects WORK, the folder of everything that is made.
 # shellcheck source=scripts/setup.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/setup.sh"
+# shellcheck source=scripts/tiny_data.sh
+source "$SETUP_ROOT/scripts/tiny_data.sh"
 
 export TINY=1 NUM_PROCESSES=1 OUTPUT_DIR="$WORK" SEED="${SEED:-30}"
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false # everything is in the checkout
@@ -27,16 +29,12 @@ stage() { # NAME COMMAND...: runs once; a finished stage is skipped, an interrup
 }
 
 scenes() { # the data of the world: prompts to train on, held-out prompts and rendered scenes to judge by
-  "$PYTHON" -m shapes.scenes prompts --split train --count 8000 --seed 1 --out "$WORK/prompts.txt"
+  tiny_prompts "$WORK/prompts.txt"
   "$PYTHON" -m shapes.scenes prompts --split heldout --count "$EVALUATION_PROMPTS" --seed 7 --out "$WORK/eval_prompts.txt"
   "$PYTHON" -m shapes.scenes render --split heldout --count 2000 --seed 8 --out "$WORK/reference"
 }
 
-pairs() { # COUNT: (noise, prompt, teacher latent)
-  "$PYTHON" -m train_t2i pairs --out "$WORK/pairs" --pretrained-model "$CHECKPOINTS/tiny-sdxl" --count "$1" \
-    --data-path-train "$WORK/prompts.txt" --num-inference-steps 25 --cfg-scale "$TEACHER_CFG" --resolution 64 \
-    --mixed-precision no --batch-size 64
-}
+pairs() { tiny_pairs "$WORK/pairs" "$WORK/prompts.txt" "$1"; } # COUNT
 
 train() { # LAUNCHER EXP_NAME FLAGS...: a training stage, from its newest checkpoint where there is one
   local launcher="$1" name="$2"
@@ -53,8 +51,6 @@ evaluate() { # NAME FLAGS...: one row of $TABLE
     --clip-reward-model "$CHECKPOINTS/tiny-clip" --hpsv2-reward-model "$CHECKPOINTS/tiny-hps" \
     --held-out-model "$CHECKPOINTS/tiny-clip-heldout" --reference "$WORK/reference/metadata.csv" --save-images "$WORK/grids"
 }
-
-TEACHER_CFG="$(sed -n 's/^setting teacher-cfg  *[^ ]*  *\([^ ]*\).*/\1/p' "$SETUP_ROOT/scripts/sdxl.sh")"
 
 evaluate_teacher() {
   evaluate teacher --teacher --pretrained-model "$CHECKPOINTS/tiny-sdxl" --teacher-num-steps 25 \

@@ -18,11 +18,14 @@ LAUNCHERS = sorted((ROOT / "scripts" / "single_node").glob("*.sh"))
 MULTI_NODE = sorted(path for path in (ROOT / "scripts" / "multi_node").glob("*.sh") if path.stem != "multi")
 
 
-def arguments_of(command: list[str], cwd: Path, **environment: str) -> list[str]:
+def arguments_of(command: list[str], cwd: Path, *, data: bool = True, **environment: str) -> list[str]:
     """What a launcher would start the trainer with: PYTHON is replaced by a program that prints its arguments."""
     echo = cwd / "echo_arguments"
     echo.write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$@"\n')
     echo.chmod(0o755)
+    for made in ("prompts.txt", "pairs/metadata.csv") if data else ():  # a tiny launcher makes what is missing
+        (cwd / "runs" / made).parent.mkdir(parents=True, exist_ok=True)
+        (cwd / "runs" / made).touch()
     setup = cwd / "setup_stub.sh"
     setup.write_text(f'SETUP_ROOT="{ROOT}"\nsetup_fail() {{ return 2; }}\nPYTHON="{echo}"\n')
     script = f'source() {{ case "$1" in */setup.sh) builtin source "{setup}";; *) builtin source "$@";; esac; }}; '
@@ -82,6 +85,43 @@ def test_the_lines_users_know_work_from_their_folder(line: str) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert yaml.safe_load(done.stdout)["exp_name"] == Path(line).stem
+
+
+TINY_RUN = "--max-train-steps 1 --cold-start-iter 1 --sample-steps 0 --batch-size 2"
+
+
+def tiny_launcher(name: str, cwd: Path, *flags: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """TINY=1 on this interpreter, in a folder of its own."""
+    clean = {k: v for k, v in os.environ.items() if k not in ("OUTPUT_DIR", "DATA_PATH_TRAIN", "NUM_MACHINES")}
+    clean |= {"TINY": "1", "NUM_PROCESSES": "1", "VIRTUAL_ENV": sys.prefix, "OMP_NUM_THREADS": "1"}
+    script = ROOT / "scripts" / "single_node" / f"{name}.sh"
+    return subprocess.run(
+        ["bash", script, *flags], cwd=cwd, env=clean | environment, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize("name", ["cold_start_sdxl_4step", "ode_init_sdxl"])
+def test_a_rehearsal_makes_no_data(name: str, tmp_path: Path) -> None:
+    done = tiny_launcher(name, tmp_path, "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_data_that_the_caller_names_is_not_made(tmp_path: Path) -> None:
+    """A launcher that makes data fails here: what would make it only prints."""
+    launcher = str(ROOT / "scripts" / "single_node" / "cold_start_sdxl_4step.sh")
+    by_flag = arguments_of([launcher, "--data-path-train", "mine.txt"], tmp_path, data=False, TINY="1")
+    by_name = arguments_of([launcher], tmp_path, data=False, TINY="1", DATA_PATH_TRAIN="mine.txt")
+    assert [cli.parse(given).run.data_path_train for given in (by_flag, by_name)] == ["mine.txt", "mine.txt"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_tiny_launcher_runs_in_an_empty_folder(tmp_path: Path) -> None:
+    done = tiny_launcher("cold_start_sdxl_4step", tmp_path, *TINY_RUN.split())
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len((tmp_path / "runs" / "prompts.txt").read_text().splitlines()) == 8000
+    assert (tmp_path / "runs" / "cold_start_sdxl_4step" / "checkpoints" / "torch_units" / "step-1.pt").exists()
 
 
 def multi_node(*flags: str, **environment: str) -> subprocess.CompletedProcess[str]:
