@@ -14,17 +14,33 @@ EVALUATION_PROMPTS="${EVALUATION_PROMPTS:-500}"
 TABLE="${TABLE:-$WORK/table.json}"
 mkdir -p -- "$WORK"
 
-stage() { # NAME COMMAND...: runs once; a finished stage is skipped, an interrupted one goes on
-  local name="$1" done="$WORK/.done/$1" start=$SECONDS
+# The files that decide what a stage makes, beside its own command and settings
+RECIPE=("$SETUP_ROOT"/scripts/{tiny_data.sh,tiny_world.sh,sdxl*.sh} "$LAUNCHERS"/*.sh)
+
+digest() { # COMMAND...: of a stage's command and recipe, comments left out; the same in every folder, on every interpreter
+  local words=("$@")
+  words=("${words[@]//"$WORK"/WORK}")
+  words=("${words[@]//"$PYTHON"/python}")
+  {
+    printf '%s\n' "${words[@]}" "$SEED" "$EVALUATION_PROMPTS"
+    sed '/^ *#/d' "${RECIPE[@]}"
+  } | if command -v sha256sum >/dev/null 2>&1; then sha256sum; else shasum -a 256; fi
+}
+
+stage() { # NAME COMMAND...: runs once; a finished stage is skipped, an interrupted one goes on, another recipe's is refused
+  local name="$1" done="$WORK/.done/$1" start=$SECONDS made_by
   shift
-  if [[ -e "$done" ]]; then
+  made_by="$(digest "$@")"
+  if [[ -e "$done" ]]; then # seconds, digest
+    [[ "$(sed -n 2p "$done")" == "$made_by" ]] ||
+      setup_fail "$name in $WORK was made with other settings or another recipe" "remove $WORK or set WORK to another folder" || exit
     printf '== %s: already done\n' "$name"
     return
   fi
   printf '== %s\n' "$name"
   "$@"
   mkdir -p -- "$WORK/.done"
-  printf '%d\n' $((SECONDS - start)) >"$done"
+  printf '%d\n%s\n' $((SECONDS - start)) "$made_by" >"$done"
   printf '== %s: %d s\n' "$name" $((SECONDS - start))
 }
 

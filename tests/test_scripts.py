@@ -27,7 +27,7 @@ def arguments_of(command: list[str], cwd: Path, *, data: bool = True, **environm
         (cwd / "runs" / made).parent.mkdir(parents=True, exist_ok=True)
         (cwd / "runs" / made).touch()
     setup = cwd / "setup_stub.sh"
-    setup.write_text(f'SETUP_ROOT="{ROOT}"\nsetup_fail() {{ return 2; }}\nPYTHON="{echo}"\n')
+    setup.write_text(f'set -euo pipefail\nSETUP_ROOT="{ROOT}"\nsetup_fail() {{ return 2; }}\nPYTHON="{echo}"\n')
     script = f'source() {{ case "$1" in */setup.sh) builtin source "{setup}";; *) builtin source "$@";; esac; }}; '
     script += "export -f source; exec bash " + " ".join(command)
     clean = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LANG")} | {"NUM_PROCESSES": "1"}
