@@ -18,22 +18,30 @@ LAUNCHERS = sorted((ROOT / "scripts" / "single_node").glob("*.sh"))
 MULTI_NODE = sorted(path for path in (ROOT / "scripts" / "multi_node").glob("*.sh") if path.stem != "multi")
 
 
-def arguments_of(command: list[str], cwd: Path, *, data: bool = True, **environment: str) -> list[str]:
-    """What a launcher would start the trainer with: PYTHON is replaced by a program that prints its arguments."""
+def launched(
+    command: list[str], cwd: Path, *, data: bool = True, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """A launcher whose PYTHON is a program that prints its arguments, and torch's patience on stderr."""
     echo = cwd / "echo_arguments"
-    echo.write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$@"\n')
+    echo.write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$@"\necho "${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-}" >&2\n')
     echo.chmod(0o755)
     for made in ("prompts.txt", "pairs/metadata.csv") if data else ():  # a tiny launcher makes what is missing
         (cwd / "runs" / made).parent.mkdir(parents=True, exist_ok=True)
         (cwd / "runs" / made).touch()
     setup = cwd / "setup_stub.sh"
-    setup.write_text(f'set -euo pipefail\nSETUP_ROOT="{ROOT}"\nsetup_fail() {{ return 2; }}\nPYTHON="{echo}"\n')
+    fail = 'setup_fail() { echo "$1" >&2; return 2; }'
+    setup.write_text(f'set -euo pipefail\nSETUP_ROOT="{ROOT}"\n{fail}\nPYTHON="{echo}"\n')
     script = f'source() {{ case "$1" in */setup.sh) builtin source "{setup}";; *) builtin source "$@";; esac; }}; '
     script += "export -f source; exec bash " + " ".join(command)
     clean = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LANG")} | {"NUM_PROCESSES": "1"}
-    done = subprocess.run(
+    return subprocess.run(
         ["bash", "-c", script], cwd=cwd, env=clean | environment, capture_output=True, text=True, check=False
     )
+
+
+def arguments_of(command: list[str], cwd: Path, *, data: bool = True, **environment: str) -> list[str]:
+    """What a launcher would start the trainer with."""
+    done = launched(command, cwd, data=data, **environment)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[:3] == ["-m", "train_t2i", "train"], done.stdout
@@ -85,6 +93,46 @@ def test_the_lines_users_know_work_from_their_folder(line: str) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert yaml.safe_load(done.stdout)["exp_name"] == Path(line).stem
+
+
+COLD_START = str(ROOT / "scripts" / "single_node" / "cold_start_sdxl.sh")
+
+
+def starter(cwd: Path, **environment: str) -> str:
+    """What stands between the interpreter and the trainer."""
+    done = launched([COLD_START], cwd, **environment)
+    assert done.returncode == 0, done.stderr
+    return " ".join(done.stdout.splitlines()).partition(" train_t2i train ")[0]
+
+
+def test_several_processes_start_by_accelerate(tmp_path: Path) -> None:
+    accelerate = f"-m accelerate.commands.launch --config_file {ROOT}/scripts/accelerate/ddp.yaml --num_processes"
+    assert starter(tmp_path, NUM_PROCESSES="2") == f"{accelerate} 2 -m"
+    node = {"NUM_MACHINES": "2", "MACHINE_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
+    place = "--num_machines 2 --machine_rank 1 --main_process_ip 10.0.0.1 --main_process_port 29500"
+    assert starter(tmp_path, NUM_PROCESSES="8", **node) == f"{accelerate} 16 {place} -m"
+
+
+@pytest.mark.parametrize(
+    ("visible", "processes"), [("0,3", 2), ("GPU-1a,GPU-1b,GPU-1c", 3), ("2", 1), ("", 1), ("-1", 1), ("0,1,-1,2", 2)]
+)
+def test_a_process_for_every_visible_gpu(visible: str, processes: int, tmp_path: Path) -> None:
+    line = starter(tmp_path, NUM_PROCESSES="", CUDA_VISIBLE_DEVICES=visible)
+    assert line.endswith(f"--num_processes {processes} -m" if processes > 1 else "-m")
+
+
+@pytest.mark.parametrize("variable", ["NUM_PROCESSES", "NUM_MACHINES"])
+@pytest.mark.parametrize("value", ["0", "two", "1.5", "-1", "a[$(touch run_by_bash)]"])
+def test_a_count_that_is_none_is_refused(variable: str, value: str, tmp_path: Path) -> None:
+    done = launched([COLD_START], tmp_path, **{variable: value})
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"{variable}={value}: not a count\n"
+    assert not (tmp_path / "run_by_bash").exists()
+
+
+def test_torchs_launcher_waits_for_a_step_and_a_checkpoint(tmp_path: Path) -> None:
+    assert launched([COLD_START], tmp_path).stderr == "3600\n"
+    assert launched([COLD_START], tmp_path, TORCH_ELASTIC_SHUTDOWN_TIMEOUT="60").stderr == "60\n"
 
 
 TINY_RUN = "--max-train-steps 1 --cold-start-iter 1 --sample-steps 0 --batch-size 2"
