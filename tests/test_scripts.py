@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from train_t2i import cli
@@ -170,6 +173,34 @@ def test_a_tiny_launcher_runs_in_an_empty_folder(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     assert len((tmp_path / "runs" / "prompts.txt").read_text().splitlines()) == 8000
     assert (tmp_path / "runs" / "cold_start_sdxl_4step" / "checkpoints" / "torch_units" / "step-1.pt").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_signal_to_the_launcher_of_two_processes_saves(tmp_path: Path) -> None:
+    """Launcher, accelerate, torch's agent, two processes on the CPU: the signal passes through all of them."""
+    run = tmp_path / "runs" / "cold_start_sdxl_4step"
+    script = ROOT / "scripts" / "single_node" / "cold_start_sdxl_4step.sh"
+    clean = {k: v for k, v in os.environ.items() if k not in ("OUTPUT_DIR", "DATA_PATH_TRAIN", "NUM_MACHINES")}
+    clean |= {"TINY": "1", "NUM_PROCESSES": "2", "VIRTUAL_ENV": sys.prefix, "OMP_NUM_THREADS": "1"}
+    clean |= {"ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
+    flags = ["--sample-steps", "0", "--batch-size", "1", "--ratio-update", "4", "--checkpoint-steps", "0"]
+    with open(tmp_path / "out", "w") as out:
+        launcher = subprocess.Popen(["bash", script, *flags], cwd=tmp_path, env=clean, stdout=out, stderr=out)
+    try:
+        log, end = run / "loss_logs" / "loss_gui_log.jsonl", time.monotonic() + 400
+        while not (log.exists() and log.read_text()):
+            assert launcher.poll() is None, (tmp_path / "out").read_text()[-3000:]
+            assert time.monotonic() < end, (tmp_path / "out").read_text()[-3000:]
+            time.sleep(0.1)
+        launcher.send_signal(signal.SIGTERM)
+        launcher.wait(timeout=150)
+    finally:
+        launcher.kill()
+    said = (tmp_path / "out").read_text()[-3000:]
+    assert (run / ".exit_code").read_text() == "75\n", said
+    (record,) = (run / "checkpoints" / "torch_units").iterdir()
+    assert torch.load(record, weights_only=True)["world_size"] == 2
 
 
 def multi_node(*flags: str, **environment: str) -> subprocess.CompletedProcess[str]:
