@@ -3,9 +3,12 @@
 # shellcheck source=scripts/sdxl.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/sdxl.sh"
 
+PROMPTS=t2i-2m-filtered-prompts.txt # in the folder where the launcher is called, or where `fetch` puts it
+[[ -e "$PROMPTS" ]] || PROMPTS="$CHECKPOINTS/$PROMPTS"
+
 #       flag             published                    tiny world: docs/recipe.md says why
 setting method           dmdr
-setting data-path-train  t2i-2m-filtered-prompts.txt  "${OUTPUT_DIR:-runs}/prompts.txt"
+setting data-path-train  "$PROMPTS"                   "${OUTPUT_DIR:-runs}/prompts.txt"
 setting lora-rank        32                           16
 setting lora-scale-f     2.0
 setting lora-scale-r     0.5

@@ -138,6 +138,31 @@ def test_torchs_launcher_waits_for_a_step_and_a_checkpoint(tmp_path: Path) -> No
     assert launched([COLD_START], tmp_path, TORCH_ELASTIC_SHUTDOWN_TIMEOUT="60").stderr == "60\n"
 
 
+def test_the_prompts_are_where_they_were_fetched_or_in_the_folder_of_the_call(tmp_path: Path) -> None:
+    name = "t2i-2m-filtered-prompts.txt"
+    fetched = cli.parse(arguments_of([COLD_START], tmp_path)).run.data_path_train
+    assert fetched == str(ROOT / "checkpoints" / name)
+    (tmp_path / name).touch()
+    assert cli.parse(arguments_of([COLD_START], tmp_path)).run.data_path_train == name
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a git checkout")
+def test_git_ignores_what_is_fetched_and_what_runs_write_but_no_tiny_weights() -> None:
+    fetched = [
+        "a.bin",
+        "a.pt",
+        "a.safetensors",
+        "t2i-2m-filtered-prompts.txt",
+        "stable-diffusion-xl-base-1.0/unet/a.bin",
+    ]
+    ignored = [*(f"checkpoints/{name}" for name in fetched), "train_t2i/sdxl/runs/a/log.txt", "runs/a/log.txt"]
+    kept = ["checkpoints/manifest.toml", "checkpoints/tiny-sdxl/unet/a.safetensors", "train_t2i/sdxl/scripts"]
+    done = subprocess.run(
+        ["git", "check-ignore", "--no-index", *ignored, *kept], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.splitlines() == ignored
+
+
 TINY_RUN = "--max-train-steps 1 --cold-start-iter 1 --sample-steps 0 --batch-size 2"
 
 
