@@ -7,10 +7,13 @@
 #   launch "$@"
 #
 # A setting is overridden by the environment (LEARNING_RATE_GEN=1e-6) or by an extra argument (--learning-rate-gen 1e-6),
-# which wins.  TINY=1 takes the third column, on the models in checkpoints/.  NUM_PROCESSES defaults to the GPUs that are here.
+# which wins.  TINY=1 takes the third column, on the models in checkpoints/, and makes the data that is missing.
+# NUM_PROCESSES defaults to the GPUs that are here.
 # On several machines: multi_node/multi.sh.
 # shellcheck source=scripts/setup.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/setup.sh"
+# shellcheck source=scripts/tiny_data.sh
+source "$SETUP_ROOT/scripts/tiny_data.sh"
 
 TINY="${TINY:-0}"
 [[ "$TINY" == 0 || "$TINY" == 1 ]] || setup_fail "TINY=$TINY: neither 0 nor 1" "set TINY=1 for the tiny world"
@@ -26,18 +29,54 @@ setting() { # FLAG PUBLISHED [TINY]: one row; a column of "-" leaves the flag ou
   [[ "$value" == - ]] || ARGUMENTS+=("--$1=$value")
 }
 
-num_gpus() {
-  if command -v nvidia-smi >/dev/null 2>&1; then nvidia-smi --list-gpus 2>/dev/null | wc -l; else echo 0; fi
+num_gpus() { # those that CUDA_VISIBLE_DEVICES leaves visible
+  local -a visible
+  local device count=0
+  if [[ -n "${CUDA_VISIBLE_DEVICES+set}" ]]; then
+    IFS=, read -ra visible <<<"$CUDA_VISIBLE_DEVICES"
+    for device in ${visible[@]+"${visible[@]}"}; do
+      [[ "$device" != -1 ]] || break # CUDA hides what follows
+      count=$((count + 1))
+    done
+    echo "$count"
+  elif command -v nvidia-smi >/dev/null 2>&1; then
+    nvidia-smi --list-gpus 2>/dev/null | wc -l
+  else
+    echo 0
+  fi
+}
+
+check_count() { # VARIABLE VALUE: before it is reckoned with, since bash would evaluate any expression
+  [[ "$2" =~ ^[1-9][0-9]*$ ]] || setup_fail "$1=$2: not a count" "set $1 to a whole number from 1 up, or leave it out"
+}
+
+make_tiny_data() { # EXTRA ARGUMENTS...: what the tiny column names and nobody has made; nothing where the caller names other data
+  local folder="${OUTPUT_DIR:-runs}" argument
+  [[ "$TINY" == 1 && -z "${DATA_PATH_TRAIN+given}" ]] || return 0
+  for argument in "$@"; do
+    [[ ! "$argument" =~ ^(-h|--help|--dry[-_]run|--data[-_]path[-_]train) ]] || return 0
+  done
+  [[ -e "$folder/prompts.txt" ]] || tiny_prompts "$folder/prompts.txt"
+  if [[ " ${ARGUMENTS[*]} " == *" --data-path-train=$folder/pairs "* && ! -e "$folder/pairs/metadata.csv" ]]; then
+    tiny_pairs "$folder/pairs" "$folder/prompts.txt" 768
+  fi
 }
 
 launch() { # EXTRA ARGUMENTS...: starts the run in this process
-  local count="${NUM_PROCESSES:-$(num_gpus)}" machines="${NUM_MACHINES:-1}"
+  local count machines="${NUM_MACHINES:-1}"
   local -a starter=()
+  count="${NUM_PROCESSES:-$(num_gpus)}"
+  [[ -n "${NUM_PROCESSES:-}" || "$count" != 0 ]] || count=1
+  check_count NUM_PROCESSES "$count" || return
+  check_count NUM_MACHINES "$machines" || return
   if ((count * machines > 1)); then
     starter=(accelerate.commands.launch --config_file "$SETUP_ROOT/scripts/accelerate/ddp.yaml" --num_processes $((count * machines)))
   fi
   if ((machines > 1)); then # MACHINE_RANK, MASTER_ADDR and MASTER_PORT: see multi_node/multi.sh
     starter+=(--num_machines "$machines" --machine_rank "$MACHINE_RANK" --main_process_ip "$MASTER_ADDR" --main_process_port "$MASTER_PORT")
   fi
+  # torch's launcher passes a signal on to its processes and kills them 30 s later; a step and a checkpoint may take longer
+  export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-3600}"
+  make_tiny_data "$@" >&2
   exec "$PYTHON" -m ${starter[@]+"${starter[@]}" -m} train_t2i train "${ARGUMENTS[@]}" "$@"
 }

@@ -3,16 +3,19 @@
 # start (DMD), DMD with two reward models, evaluation on held-out prompts, a report.  Stopped, it goes on where it was.
 #
 #   bash scripts/quickstart.sh                 runs/quickstart; WORK=DIR for another folder
-#   QUICK=1 bash scripts/quickstart.sh         a few minutes, for a look: too short to reach the published figures
+#   QUICK=1 bash scripts/quickstart.sh         a few minutes, for a look: too short to reach the published figures;
+#                                              runs/quickstart-quick
 set -euo pipefail
-WORK="${WORK:-$(pwd -P)/runs/quickstart}"
+RUNS="$(pwd -P)/runs"
 NUM_PAIRS=768
 SHORT=()
 if [[ "${QUICK:-0}" == 1 ]]; then
+  WORK="${WORK:-$RUNS/quickstart-quick}"
   NUM_PAIRS=256
   EVALUATION_PROMPTS=100
   SHORT=(--sample-steps 0)
 fi
+WORK="${WORK:-$RUNS/quickstart}"
 # shellcheck source=scripts/tiny_world.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/tiny_world.sh"
 

@@ -39,13 +39,21 @@ done
 SEED="${SEEDS[0]}"
 export SEED
 first="seed$SEED"
-stage2 "cold-1-$first" "$COLD" rl-only-1 --dmd-weight 0
-RESUME_CKPT="$(records "dmd-only-1-$first" "$DMDR")" stage distil-then-rl-1 train dmdr_sdxl_refl distil-then-rl-1 \
-  --max-train-steps $((2 * DMDR - COLD)) --dmd-weight 0 --cold-start-iter "$DMDR" --sample-steps 0
 stage cold-4 train cold_start_sdxl_4step cold-4 --max-train-steps "$COLD" --cold-start-iter "$COLD"
 RESUME_CKPT="$(records cold-4 "$COLD")" stage dmdr-4 train dmdr_sdxl_4step_refl dmdr-4 --max-train-steps "$DMDR"
-for model in rl-only-1 distil-then-rl-1 cold-4 dmdr-4; do
+for model in cold-4 dmdr-4; do
   stage "evaluate-$model" evaluate "$model" "$WORK/$model"
+done
+
+for SEED in "${SEEDS[@]}"; do
+  export SEED
+  stage2 "cold-1-seed$SEED" "$COLD" "rl-only-1-seed$SEED" --dmd-weight 0
+  RESUME_CKPT="$(records "dmd-only-1-seed$SEED" "$DMDR")" stage "distil-then-rl-1-seed$SEED" \
+    train dmdr_sdxl_refl "distil-then-rl-1-seed$SEED" --max-train-steps $((2 * DMDR - COLD)) --dmd-weight 0 \
+    --cold-start-iter "$DMDR" --sample-steps 0
+  for model in rl-only-1 distil-then-rl-1; do
+    stage "evaluate-$model-seed$SEED" evaluate "$model-seed$SEED" "$WORK/$model-seed$SEED"
+  done
 done
 
 "$PYTHON" "$SETUP_ROOT/scripts/mean_table.py" "$TABLE" "$WORK/table.json"

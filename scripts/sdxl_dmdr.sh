@@ -3,9 +3,12 @@
 # shellcheck source=scripts/sdxl.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/sdxl.sh"
 
+PROMPTS=t2i-2m-filtered-prompts.txt # in the folder where the launcher is called, or where `fetch` puts it
+[[ -e "$PROMPTS" ]] || PROMPTS="$CHECKPOINTS/$PROMPTS"
+
 #       flag             published                    tiny world: docs/recipe.md says why
 setting method           dmdr
-setting data-path-train  t2i-2m-filtered-prompts.txt  runs/prompts.txt
+setting data-path-train  "$PROMPTS"                   "${OUTPUT_DIR:-runs}/prompts.txt"
 setting lora-rank        32                           16
 setting lora-scale-f     2.0
 setting cfg-r            7                            1.5
@@ -13,7 +16,7 @@ setting cfg-f            1
 setting ratio-update     5                            2
 setting lr-warmup-steps  0                            10
 setting batch-size-test  2                            8
-setting teacher-cfg      7                            2
+setting teacher-cfg      7                            "$TINY_GUIDANCE"
 
 one_step() { # conditioned at level 399, both dynamic strategies off
   setting sample-num-steps  1

@@ -3,6 +3,8 @@
 # Expects WORK, the folder of everything that is made.
 # shellcheck source=scripts/setup.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/setup.sh"
+# shellcheck source=scripts/tiny_data.sh
+source "$SETUP_ROOT/scripts/tiny_data.sh"
 
 export TINY=1 NUM_PROCESSES=1 OUTPUT_DIR="$WORK" SEED="${SEED:-30}"
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false # everything is in the checkout
@@ -12,37 +14,49 @@ EVALUATION_PROMPTS="${EVALUATION_PROMPTS:-500}"
 TABLE="${TABLE:-$WORK/table.json}"
 mkdir -p -- "$WORK"
 
-stage() { # NAME COMMAND...: runs once; a finished stage is skipped, an interrupted one goes on
-  local name="$1" done="$WORK/.done/$1" start=$SECONDS
+# The files that decide what a stage makes, beside its own command and settings
+RECIPE=("$SETUP_ROOT"/scripts/{tiny_data.sh,tiny_world.sh,sdxl*.sh} "$LAUNCHERS"/*.sh)
+
+digest() { # COMMAND...: of a stage's command and recipe, comments left out; the same in every folder, on every interpreter
+  local words=("$@")
+  words=("${words[@]//"$WORK"/WORK}")
+  words=("${words[@]//"$PYTHON"/python}")
+  {
+    printf '%s\n' "${words[@]}" "$SEED" "$EVALUATION_PROMPTS"
+    sed '/^ *#/d' "${RECIPE[@]}"
+  } | if command -v sha256sum >/dev/null 2>&1; then sha256sum; else shasum -a 256; fi
+}
+
+stage() { # NAME COMMAND...: runs once; a finished stage is skipped, an interrupted one goes on, another recipe's is refused
+  local name="$1" done="$WORK/.done/$1" start=$SECONDS made_by
   shift
-  if [[ -e "$done" ]]; then
+  made_by="$(digest "$@")"
+  if [[ -e "$done" ]]; then # seconds, digest
+    [[ "$(sed -n 2p "$done")" == "$made_by" ]] ||
+      setup_fail "$name in $WORK was made with other settings or another recipe" "remove $WORK or set WORK to another folder" || exit
     printf '== %s: already done\n' "$name"
     return
   fi
   printf '== %s\n' "$name"
   "$@"
   mkdir -p -- "$WORK/.done"
-  printf '%d\n' $((SECONDS - start)) >"$done"
+  printf '%d\n%s\n' $((SECONDS - start)) "$made_by" >"$done"
   printf '== %s: %d s\n' "$name" $((SECONDS - start))
 }
 
 scenes() { # the data of the world: prompts to train on, held-out prompts and rendered scenes to judge by
-  "$PYTHON" -m shapes.scenes prompts --split train --count 8000 --seed 1 --out "$WORK/prompts.txt"
+  tiny_prompts "$WORK/prompts.txt"
   "$PYTHON" -m shapes.scenes prompts --split heldout --count "$EVALUATION_PROMPTS" --seed 7 --out "$WORK/eval_prompts.txt"
   "$PYTHON" -m shapes.scenes render --split heldout --count 2000 --seed 8 --out "$WORK/reference"
 }
 
-pairs() { # COUNT: (noise, prompt, teacher latent)
-  "$PYTHON" -m train_t2i pairs --out "$WORK/pairs" --pretrained-model "$CHECKPOINTS/tiny-sdxl" --count "$1" \
-    --data-path-train "$WORK/prompts.txt" --num-inference-steps 25 --cfg-scale "$TEACHER_CFG" --resolution 64 \
-    --mixed-precision no --batch-size 64
-}
+pairs() { tiny_pairs "$WORK/pairs" "$WORK/prompts.txt" "$1"; } # COUNT
 
 train() { # LAUNCHER EXP_NAME FLAGS...: a training stage, from its newest checkpoint where there is one
   local launcher="$1" name="$2"
   shift 2
   DATA_PATH_TRAIN="${DATA_PATH_TRAIN:-$WORK/prompts.txt}" EXP_NAME="$name" \
-    SAMPLE_PROMPTS="$WORK/eval_prompts.txt" bash "$LAUNCHERS/$launcher.sh" --auto-resume "$@"
+    bash "$LAUNCHERS/$launcher.sh" --auto-resume --sample-prompts "$WORK/eval_prompts.txt" "$@"
 }
 
 evaluate() { # NAME FLAGS...: one row of $TABLE
@@ -54,15 +68,7 @@ evaluate() { # NAME FLAGS...: one row of $TABLE
     --held-out-model "$CHECKPOINTS/tiny-clip-heldout" --reference "$WORK/reference/metadata.csv" --save-images "$WORK/grids"
 }
 
-TEACHER_CFG="$(sed -n 's/^setting teacher-cfg  *[^ ]*  *\([^ ]*\).*/\1/p' "$SETUP_ROOT/scripts/sdxl_dmdr.sh")"
-
 evaluate_teacher() {
   evaluate teacher --teacher --pretrained-model "$CHECKPOINTS/tiny-sdxl" --teacher-num-steps 25 \
-    --teacher-cfg "$TEACHER_CFG" --resolution 64
-}
-
-checkpoint() { # RUN: its newest record
-  local newest
-  newest="$(ls -v "$WORK/$1/checkpoints/torch_units/" | tail -n 1)"
-  printf '%s\n' "$WORK/$1/checkpoints/torch_units/$newest"
+    --teacher-cfg "$TINY_GUIDANCE" --resolution 64
 }

@@ -15,16 +15,16 @@ from train_t2i.__main__ import main
 from train_t2i.benchmark import BenchmarkConfig
 
 
-def flags(sdxl: Path, tiny_vae: Path, prompts: Path, out: Path) -> list[str]:
+def flags(sdxl: Path, prompts: Path, out: Path) -> list[str]:
     return shlex.split(
-        f"--pretrained-model {sdxl} --tiny-vae {tiny_vae} --data-path-train {prompts} --out {out} --layouts shared "
+        f"--pretrained-model {sdxl} --data-path-train {prompts} --out {out} --layouts shared "
         "--resolution 32 --batch-size 2 --lora-rank 2 --ratio-update 2 --steps 1 --mixed-precision no"
     )
 
 
 @pytest.fixture
-def arguments(sdxl_folder, tiny_vae_folder, prompts_file, tmp_path) -> list[str]:
-    return flags(sdxl_folder, tiny_vae_folder, prompts_file, tmp_path / "new" / "out.json")
+def arguments(sdxl_folder, prompts_file, tmp_path) -> list[str]:
+    return flags(sdxl_folder, prompts_file, tmp_path / "new" / "out.json")
 
 
 @pytest.fixture
@@ -48,9 +48,10 @@ def in_this_process(monkeypatch) -> None:
     monkeypatch.setattr("train_t2i.benchmark.ProcessPoolExecutor", Here)
 
 
-def test_a_row_says_where_the_time_of_a_step_goes(arguments, in_this_process, tmp_path, capsys):
+def test_a_row_says_where_the_time_of_a_step_goes(arguments, tiny_vae_folder, in_this_process, tmp_path, capsys):
     tower = write_folder(tmp_path / "clip", "clip")
-    assert main(["benchmark", *arguments, "--clip-reward-model", str(tower)]) == 0
+    rewards = ["--clip-reward-model", str(tower), "--tiny-vae", str(tiny_vae_folder)]
+    assert main(["benchmark", *arguments, *rewards]) == 0
     told = json.loads((tmp_path / "new" / "out.json").read_text())
     assert told["settings"]["ratio_update"] == 2
     assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == told["rows"]

@@ -181,7 +181,7 @@ def test_killed_inside_a_save(trainer, whole, monkeypatch):
 # -- signals ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_runs_on_to_the_step_boundary_saves_and_can_be_resumed(trainer, number):
     flags = "--batch-size 1 --max-train-steps 3 --ratio-update 4 --auto-resume"
     whole = trainer.run("whole", flags)
@@ -243,6 +243,24 @@ def test_a_signal_sent_twice_at_once_is_one_request(monkeypatch):
     now[0] += 0.2
     stop._on_signal(signal.SIGINT, None)
     assert left == [130]
+
+
+@pytest.mark.parametrize(("launcher", "asked"), [({}, False), ({"TORCHELASTIC_RUN_ID": "none"}, True)])
+def test_a_run_under_nohup_outlives_its_terminal(monkeypatch, launcher, asked):
+    """Unless torch's launcher passes the hang-up on: it ends then, and kills what does not."""
+    from train_t2i import run
+
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    for name, value in launcher.items():
+        monkeypatch.setenv(name, value)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with run.StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.asked == asked
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_signal_while_models_load_stops_after_the_first_step(trainer):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -37,3 +38,63 @@ def test_quickstart_from_pairs_to_report(tmp_path: Path) -> None:
     again = quickstart(tmp_path)
     assert again.returncode == 0
     assert again.stdout.count("already done") == 10
+
+
+# -- stages, with a command that makes nothing -----------------------------------------------------------------------
+
+
+def stage(work: Path, command: str, before: str = ":", **environment: str) -> subprocess.CompletedProcess[str]:
+    """A stage named "made" that says what it does."""
+    script = f"source {shlex.quote(str(ROOT / 'scripts' / 'tiny_world.sh'))}; {before}; stage made {command}; echo end"
+    settings = os.environ | {"WORK": str(work), "VIRTUAL_ENV": sys.prefix} | environment
+    return subprocess.run(["bash", "-c", script], env=settings, capture_output=True, text=True, check=False)
+
+
+def test_a_finished_stage_is_skipped_and_its_mark_begins_with_its_seconds(tmp_path: Path) -> None:
+    assert "\nrun 1\n" in stage(tmp_path, "echo run 1").stdout
+    again = stage(tmp_path, "echo run 1")
+    assert again.stdout.splitlines() == ["== made: already done", "end"]
+    assert (tmp_path / ".done" / "made").read_text().splitlines()[0].isdigit()
+
+
+def test_a_stage_made_with_another_recipe_is_refused(tmp_path: Path) -> None:
+    """Its command, its settings and the files of its recipe; nothing is run and nothing removed."""
+    recipe = tmp_path / "recipe.sh"
+    recipe.write_text("setting seed 30\n")
+    use = f"RECIPE=({recipe})"
+    work = tmp_path / "work"
+    assert stage(work, "echo run 1", use).returncode == 0
+    mark = (work / ".done" / "made").read_text()
+    different = [stage(work, "echo run 2", use), stage(work, "echo run 1", use, EVALUATION_PROMPTS="100")]
+    recipe.write_text("# a comment\nsetting seed 30\n")
+    assert stage(work, "echo run 1", use).returncode == 0
+    recipe.write_text("setting seed 31\n")
+    different.append(stage(work, "echo run 1", use))
+    for done in different:
+        assert (done.returncode, done.stdout) == (2, "")
+        assert "made with other settings or another recipe" in done.stderr.splitlines()[0]
+        assert str(work) in done.stderr.splitlines()[1]
+    assert (work / ".done" / "made").read_text() == mark
+
+
+def test_a_folder_that_moved_and_another_interpreter_are_the_same_recipe(tmp_path: Path) -> None:
+    command = 'echo "$WORK/pairs" "$PYTHON"'
+    assert stage(tmp_path / "here", command).returncode == 0
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert "already done" in stage(tmp_path / "there", command, "PYTHON=/elsewhere/python").stdout
+
+
+@pytest.mark.parametrize(("quick", "folder"), [("0", "quickstart"), ("1", "quickstart-quick")])
+def test_the_quick_one_has_a_folder_of_its_own(quick: str, folder: str, tmp_path: Path) -> None:
+    """Stopped at its first program, which is none."""
+    settings = {key: value for key, value in os.environ.items() if key != "WORK"}
+    stub = tmp_path / "bin" / "python"
+    stub.parent.mkdir()
+    stub.write_text("#!/usr/bin/env bash\n[[ $1 == - ]]\n")  # setup.sh asks it for the stack
+    stub.chmod(0o755)
+    done = subprocess.run(
+        ["bash", ROOT / "scripts" / "quickstart.sh"], cwd=tmp_path, capture_output=True, text=True, check=False,
+        env=settings | {"QUICK": quick, "VIRTUAL_ENV": str(tmp_path)},
+    )  # fmt: skip
+    assert done.stdout == "== scenes\n", done.stderr
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == [folder]

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import runpy
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from train_t2i import cli
@@ -19,19 +22,30 @@ LAUNCHERS = sorted((ROOT / "scripts" / "single_node").glob("*.sh"))
 MULTI_NODE = sorted(path for path in (ROOT / "scripts" / "multi_node").glob("*.sh") if path.stem != "multi")
 
 
-def arguments_of(command: list[str], cwd: Path, **environment: str) -> list[str]:
-    """What a launcher would start the trainer with: PYTHON is replaced by a program that prints its arguments."""
+def launched(
+    command: list[str], cwd: Path, *, data: bool = True, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """A launcher whose PYTHON is a program that prints its arguments, and torch's patience on stderr."""
     echo = cwd / "echo_arguments"
-    echo.write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$@"\n')
+    echo.write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$@"\necho "${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-}" >&2\n')
     echo.chmod(0o755)
+    for made in ("prompts.txt", "pairs/metadata.csv") if data else ():  # a tiny launcher makes what is missing
+        (cwd / "runs" / made).parent.mkdir(parents=True, exist_ok=True)
+        (cwd / "runs" / made).touch()
     setup = cwd / "setup_stub.sh"
-    setup.write_text(f'SETUP_ROOT="{ROOT}"\nsetup_fail() {{ return 2; }}\nPYTHON="{echo}"\n')
+    fail = 'setup_fail() { echo "$1" >&2; return 2; }'
+    setup.write_text(f'set -euo pipefail\nSETUP_ROOT="{ROOT}"\n{fail}\nPYTHON="{echo}"\n')
     script = f'source() {{ case "$1" in */setup.sh) builtin source "{setup}";; *) builtin source "$@";; esac; }}; '
     script += "export -f source; exec bash " + " ".join(command)
     clean = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LANG")} | {"NUM_PROCESSES": "1"}
-    done = subprocess.run(
+    return subprocess.run(
         ["bash", "-c", script], cwd=cwd, env=clean | environment, capture_output=True, text=True, check=False
     )
+
+
+def arguments_of(command: list[str], cwd: Path, *, data: bool = True, **environment: str) -> list[str]:
+    """What a launcher would start the trainer with."""
+    done = launched(command, cwd, data=data, **environment)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[:3] == ["-m", "train_t2i", "train"], done.stdout
@@ -86,6 +100,7 @@ def test_published_one_step_recipe(tmp_path: Path) -> None:
     assert (refl.method.reward_clip_weight, refl.method.reward_hps_weight, refl.method.reward_margin) == (0.3, 0.3, 0.7)
     assert refl.method.magic_prompt == "Realistic photo"
     assert cold.run.sample_num_steps == refl.run.sample_num_steps == 1
+    assert cold.run.teacher_cfg == refl.run.teacher_cfg == 7  # no variable of the scripts takes its place
 
 
 def test_environment_then_arguments_override(tmp_path: Path) -> None:
@@ -105,6 +120,136 @@ def test_the_lines_users_know_work_from_their_folder(line: str) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert yaml.safe_load(done.stdout)["exp_name"] == Path(line).stem
+
+
+COLD_START = str(ROOT / "scripts" / "single_node" / "cold_start_sdxl.sh")
+
+
+def starter(cwd: Path, **environment: str) -> str:
+    """What stands between the interpreter and the trainer."""
+    done = launched([COLD_START], cwd, **environment)
+    assert done.returncode == 0, done.stderr
+    return " ".join(done.stdout.splitlines()).partition(" train_t2i train ")[0]
+
+
+def test_several_processes_start_by_accelerate(tmp_path: Path) -> None:
+    accelerate = f"-m accelerate.commands.launch --config_file {ROOT}/scripts/accelerate/ddp.yaml --num_processes"
+    assert starter(tmp_path, NUM_PROCESSES="2") == f"{accelerate} 2 -m"
+    node = {"NUM_MACHINES": "2", "MACHINE_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
+    place = "--num_machines 2 --machine_rank 1 --main_process_ip 10.0.0.1 --main_process_port 29500"
+    assert starter(tmp_path, NUM_PROCESSES="8", **node) == f"{accelerate} 16 {place} -m"
+
+
+@pytest.mark.parametrize(
+    ("visible", "processes"), [("0,3", 2), ("GPU-1a,GPU-1b,GPU-1c", 3), ("2", 1), ("", 1), ("-1", 1), ("0,1,-1,2", 2)]
+)
+def test_a_process_for_every_visible_gpu(visible: str, processes: int, tmp_path: Path) -> None:
+    line = starter(tmp_path, NUM_PROCESSES="", CUDA_VISIBLE_DEVICES=visible)
+    assert line.endswith(f"--num_processes {processes} -m" if processes > 1 else "-m")
+
+
+@pytest.mark.parametrize("variable", ["NUM_PROCESSES", "NUM_MACHINES"])
+@pytest.mark.parametrize("value", ["0", "two", "1.5", "-1", "a[$(touch run_by_bash)]"])
+def test_a_count_that_is_none_is_refused(variable: str, value: str, tmp_path: Path) -> None:
+    done = launched([COLD_START], tmp_path, **{variable: value})
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"{variable}={value}: not a count\n"
+    assert not (tmp_path / "run_by_bash").exists()
+
+
+def test_torchs_launcher_waits_for_a_step_and_a_checkpoint(tmp_path: Path) -> None:
+    assert launched([COLD_START], tmp_path).stderr == "3600\n"
+    assert launched([COLD_START], tmp_path, TORCH_ELASTIC_SHUTDOWN_TIMEOUT="60").stderr == "60\n"
+
+
+def test_the_prompts_are_where_they_were_fetched_or_in_the_folder_of_the_call(tmp_path: Path) -> None:
+    name = "t2i-2m-filtered-prompts.txt"
+    fetched = cli.parse(arguments_of([COLD_START], tmp_path)).run.data_path_train
+    assert fetched == str(ROOT / "checkpoints" / name)
+    (tmp_path / name).touch()
+    assert cli.parse(arguments_of([COLD_START], tmp_path)).run.data_path_train == name
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a git checkout")
+def test_git_ignores_what_is_fetched_and_what_runs_write_but_no_tiny_weights() -> None:
+    fetched = [
+        "a.bin",
+        "a.pt",
+        "a.safetensors",
+        "t2i-2m-filtered-prompts.txt",
+        "stable-diffusion-xl-base-1.0/unet/a.bin",
+    ]
+    ignored = [*(f"checkpoints/{name}" for name in fetched), "train_t2i/sdxl/runs/a/log.txt", "runs/a/log.txt"]
+    kept = ["checkpoints/manifest.toml", "checkpoints/tiny-sdxl/unet/a.safetensors", "train_t2i/sdxl/scripts"]
+    done = subprocess.run(
+        ["git", "check-ignore", "--no-index", *ignored, *kept], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.splitlines() == ignored
+
+
+TINY_RUN = "--max-train-steps 1 --cold-start-iter 1 --sample-steps 0 --batch-size 2"
+
+
+def tiny_launcher(name: str, cwd: Path, *flags: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """TINY=1 on this interpreter, in a folder of its own."""
+    clean = {k: v for k, v in os.environ.items() if k not in ("OUTPUT_DIR", "DATA_PATH_TRAIN", "NUM_MACHINES")}
+    clean |= {"TINY": "1", "NUM_PROCESSES": "1", "VIRTUAL_ENV": sys.prefix, "OMP_NUM_THREADS": "1"}
+    script = ROOT / "scripts" / "single_node" / f"{name}.sh"
+    return subprocess.run(
+        ["bash", script, *flags], cwd=cwd, env=clean | environment, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize("name", ["cold_start_sdxl_4step", "ode_init_sdxl"])
+def test_a_rehearsal_makes_no_data(name: str, tmp_path: Path) -> None:
+    done = tiny_launcher(name, tmp_path, "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_data_that_the_caller_names_is_not_made(tmp_path: Path) -> None:
+    """A launcher that makes data fails here: what would make it only prints."""
+    launcher = str(ROOT / "scripts" / "single_node" / "cold_start_sdxl_4step.sh")
+    by_flag = arguments_of([launcher, "--data-path-train", "mine.txt"], tmp_path, data=False, TINY="1")
+    by_name = arguments_of([launcher], tmp_path, data=False, TINY="1", DATA_PATH_TRAIN="mine.txt")
+    assert [cli.parse(given).run.data_path_train for given in (by_flag, by_name)] == ["mine.txt", "mine.txt"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_tiny_launcher_runs_in_an_empty_folder(tmp_path: Path) -> None:
+    done = tiny_launcher("cold_start_sdxl_4step", tmp_path, *TINY_RUN.split())
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len((tmp_path / "runs" / "prompts.txt").read_text().splitlines()) == 8000
+    assert (tmp_path / "runs" / "cold_start_sdxl_4step" / "checkpoints" / "torch_units" / "step-1.pt").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_signal_to_the_launcher_of_two_processes_saves(tmp_path: Path) -> None:
+    """Launcher, accelerate, torch's agent, two processes on the CPU: the signal passes through all of them."""
+    run = tmp_path / "runs" / "cold_start_sdxl_4step"
+    script = ROOT / "scripts" / "single_node" / "cold_start_sdxl_4step.sh"
+    clean = {k: v for k, v in os.environ.items() if k not in ("OUTPUT_DIR", "DATA_PATH_TRAIN", "NUM_MACHINES")}
+    clean |= {"TINY": "1", "NUM_PROCESSES": "2", "VIRTUAL_ENV": sys.prefix, "OMP_NUM_THREADS": "1"}
+    clean |= {"ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
+    flags = ["--sample-steps", "0", "--batch-size", "1", "--ratio-update", "4", "--checkpoint-steps", "0"]
+    with open(tmp_path / "out", "w") as out:
+        launcher = subprocess.Popen(["bash", script, *flags], cwd=tmp_path, env=clean, stdout=out, stderr=out)
+    try:
+        log, end = run / "loss_logs" / "loss_gui_log.jsonl", time.monotonic() + 400
+        while not (log.exists() and log.read_text()):
+            assert launcher.poll() is None, (tmp_path / "out").read_text()[-3000:]
+            assert time.monotonic() < end, (tmp_path / "out").read_text()[-3000:]
+            time.sleep(0.1)
+        launcher.send_signal(signal.SIGTERM)
+        launcher.wait(timeout=150)
+    finally:
+        launcher.kill()
+    said = (tmp_path / "out").read_text()[-3000:]
+    assert (run / ".exit_code").read_text() == "75\n", said
+    (record,) = (run / "checkpoints" / "torch_units").iterdir()
+    assert torch.load(record, weights_only=True)["world_size"] == 2
 
 
 def multi_node(*flags: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -37,13 +37,17 @@ class State:
 
 
 class StopRequest:
-    """SIGTERM and Ctrl-C ask for a stop at the next step boundary; a second one leaves at once."""
+    """SIGTERM, Ctrl-C and a terminal that hangs up ask for a stop at the next step boundary; a second one leaves at once."""
 
     def __init__(self) -> None:
         self.asked, self._asked_at = False, 0.0
 
     def __enter__(self) -> StopRequest:
-        self._before = {n: signal.signal(n, self._on_signal) for n in (signal.SIGTERM, signal.SIGINT)}
+        numbers = [signal.SIGTERM, signal.SIGINT]
+        # nohup's run outlives its terminal, unless torch's launcher is between: that stops for a hang-up and passes it on
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN or "TORCHELASTIC_RUN_ID" in os.environ:
+            numbers.append(signal.SIGHUP)
+        self._before = {n: signal.signal(n, self._on_signal) for n in numbers}
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # One-step SDXL, before stage 1: regression on (noise, prompt, teacher latent) pairs at level 399, as DMD2's initialisation.
-# Make the pairs first: python -m train_t2i pairs --out runs/pairs
+# Make the pairs first: python -m train_t2i pairs --out runs/pairs  (TINY=1 makes its own)
 #
 #   bash scripts/single_node/ode_init_sdxl.sh [FLAGS]      TINY=1 for the tiny world
 # shellcheck source=scripts/sdxl.sh
@@ -9,7 +9,7 @@ source "$(dirname -- "${BASH_SOURCE[0]}")/../sdxl.sh"
 #       flag               published     tiny world
 setting method             ode
 setting exp-name           ode_init_sdxl
-setting data-path-train    runs/pairs
+setting data-path-train    runs/pairs    "${OUTPUT_DIR:-runs}/pairs"
 setting sample-num-steps   1
 setting batch-size         8             32
 setting learning-rate-gen  1e-5          5e-4
