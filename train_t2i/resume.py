@@ -77,7 +77,8 @@ def find_checkpoint(cfg: Config, folder: RunFolder) -> Path | None:
     path = None if cfg.resume_ckpt in (None, "latest") else Path(str(cfg.resume_ckpt))
     if path is not None and not path.is_file():
         raise UserError(
-            f"--resume-ckpt {path}: no such file", "give a run's checkpoints/torch_units/step-N.pt, or latest"
+            f"--resume-ckpt {path}: no such file",
+            "run the stage that makes it, or give a run's checkpoints/torch_units/step-N.pt, or latest",
         )
     if folder.steps() and (path is None or not owns(folder, path)):
         if cfg.auto_resume:
