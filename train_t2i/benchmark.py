@@ -102,10 +102,11 @@ class Bench:
 def settings_of(config: BenchmarkConfig, layout: str, checkpointing: bool) -> Settings:
     """The settings of one row, checked as the trainer checks them."""
     rewarded = config.clip_reward_model or config.hpsv2_reward_model
+    adapted = any(adapter for _, adapter in LAYOUTS[layout].values())
     run = Config(
         pretrained_model=config.pretrained_model, tiny_vae=config.tiny_vae, resolution=config.resolution,
         sample_num_steps=config.sample_num_steps, layout=layout, use_lora_gen=LAYOUTS[layout]["generator"][1] is not None,
-        lora_rank=config.lora_rank, batch_size=config.batch_size, mixed_precision=config.mixed_precision,
+        lora_rank=config.lora_rank if adapted else Config.lora_rank, batch_size=config.batch_size, mixed_precision=config.mixed_precision,
         gradient_checkpointing=checkpointing,
     )  # fmt: skip
     method = DMDRConfig(
