@@ -11,7 +11,6 @@ image features of the held-out tower, which no loss ever saw, against the images
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import tempfile
 import time
@@ -24,6 +23,7 @@ from train_t2i.choice import ModelChoice, chosen
 from train_t2i.cli import parse_verb
 from train_t2i.config import flag
 from train_t2i.errors import EXIT_DONE, UserError
+from train_t2i.storage import write_atomically
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -120,12 +120,8 @@ def merge_row(path: str, row: Mapping[str, Any]) -> None:
         rows[places[0]] = dict(row)
     else:
         rows.append(dict(row))
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(temporary, target)
+        write_atomically(Path(path), json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
     except OSError as error:
         raise UserError(f"--out {path}: cannot be written ({error.strerror})", "choose another file") from None
 
