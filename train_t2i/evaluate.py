@@ -23,7 +23,6 @@ from train_t2i.choice import ModelChoice, chosen
 from train_t2i.cli import parse_verb
 from train_t2i.config import flag
 from train_t2i.errors import EXIT_DONE, UserError
-from train_t2i.storage import write_atomically
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -114,6 +113,8 @@ def read_table(path: str, option: str = "--out") -> list[dict[str, Any]]:
 
 def merge_row(path: str, row: Mapping[str, Any]) -> None:
     """Put a row into the table in its model's place, or at the end; the file is whole at any instant."""
+    from train_t2i.storage import write_atomically
+
     rows = read_table(path)
     places = [i for i, old in enumerate(rows) if old["model"] == row["model"]]
     if places:
