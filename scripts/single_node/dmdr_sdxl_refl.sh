@@ -14,5 +14,6 @@ setting resume-ckpt        "$STAGE_1/step-3000.pt"   "$STAGE_1/step-100.pt"
 setting learning-rate-gen  5e-8                      5e-5
 setting lr-scheduler       constant                  cosine
 setting learning-rate-gui  5e-8                      1e-3
+setting cfg-r              7                         "$TINY_GUIDANCE"
 setting cold-start-iter    3000                      100
 launch "$@"
