@@ -207,3 +207,21 @@ def trainer(
         return captured.out, captured.err
 
     return Trainer(tmp_path, flags, say)
+
+
+@pytest.fixture
+def first(trainer: Trainer) -> Path:
+    """A run of two steps."""
+    return trainer.run("first", "--batch-size 1")
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory, sdxl_folder: Path, prompts_file: Path) -> dict[str, Path]:
+    """Runs that verbs read; nothing may change them."""
+    import tiny_runs
+
+    root = tmp_path_factory.mktemp("runs")
+    flags = {"one": "", "four": "--sample-num-steps 4", "lora": "--use-lora-gen"}
+    return {
+        name: tiny_runs.train(root, name, more, model=sdxl_folder, prompts=prompts_file) for name, more in flags.items()
+    }
