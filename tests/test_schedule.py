@@ -267,7 +267,7 @@ def test_streams_are_independent():
 def test_the_streams_in_use_have_keys_of_their_own():
     """A stream is keyed by the CRC of its name."""
     sources = [p.read_text() for p in (Path(__file__).parents[1] / "train_t2i").rglob("*.py")]
-    pattern = r"""\b(?:draw|score_times|level_times|times)\.\w+\(\s*(?:rollout\.draw,\s*|draw,\s*)?f?"([\w/{}]+)\""""
+    pattern = r"""\b(?:draw|score_times|level_times|times)\.\w+\(\s*(?:(?:rollout\.)?draw(?:\.on_host\(\))?,\s*)?f?"([\w/{}]+)\""""
     names = {name for source in sources for name in re.findall(pattern, source)}
     assert {"score_noise", "guidance_noise", "student_input", "level"} <= names
     names |= {name.replace("{i}", str(i)) for name in names for i in range(1, 9)}

@@ -55,7 +55,7 @@ CONDITIONAL = (
     Acts("tiny_vae", _rewarded, *NO_REWARD),
     Acts("teacher_num_steps", lambda v: v.method != "ode", *NO_TEACHER),
     Acts("teacher_cfg", lambda v: v.method != "ode", *NO_TEACHER),
-    Acts("lora_scale_f", _guidance_is_lora, "with --layout separate, which has no guidance adapter", "choose another --layout"),
+    Acts("lora_scale_f", _guidance_is_lora, "with a layout that has no guidance adapter", "choose another --layout"),
     Acts("lora_scale_r", lambda v: v.dynamic_step > 0, "with --dynamic-step 0", "set --dynamic-step (more than one step)"),
     Acts("dynamic_step", _few_steps, *ONE_STEP),
     Acts(
@@ -143,14 +143,15 @@ def _check_acts(settings: Settings) -> None:
 
 def _check_student(run: Config) -> None:
     layout = resolved_layout(run)
-    is_lora = LAYOUTS[layout]["generator"][1] is not None
+    module, adapter = LAYOUTS[layout]["generator"]
+    is_lora = adapter is not None
     if run.use_lora_gen != is_lora:
         wanted = "needs" if is_lora else "does not go with"
         raise UserError(f"--layout {layout} {wanted} --use-lora-gen", "or leave --layout at auto")
-    if layout == "shared" and (run.generator_init or run.xl_ode_pretrain_path):
+    if module == LAYOUTS[layout]["teacher"][0] and (run.generator_init or run.xl_ode_pretrain_path):
         source = "--generator-init" if run.generator_init else "--xl-ode-pretrain-path"
         raise UserError(
-            f"--layout shared cannot take {source}", "the teacher shares its weights: use --layout paired_lora"
+            f"--layout {layout} cannot take {source}", "the teacher shares its weights: use --layout paired_lora"
         )
     if run.xl_ode_pretrain_path and run.generator_init:
         raise UserError("--generator-init and --xl-ode-pretrain-path both initialise the generator", "give one")
@@ -159,9 +160,10 @@ def _check_student(run: Config) -> None:
 
 
 def _check_dmdr(run: Config, method: DMDRConfig) -> None:
-    if resolved_layout(run) == "separate" and method.dynamic_step and method.lora_scale_r:
+    layout = resolved_layout(run)
+    if LAYOUTS[layout]["guidance"][1] is None and method.dynamic_step and method.lora_scale_r:
         raise UserError(
-            "--layout separate: the teacher has no guidance adapter to borrow",
+            f"--layout {layout}: the teacher has no guidance adapter to borrow",
             "set --lora-scale-r 0 or --layout paired",
         )
     _check_draw("gen", method.s_type_gen, method.gen_a)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -33,6 +33,10 @@ class Draw:
     tick: int
     indices: Sequence[int]
     device: torch.device
+
+    def on_host(self) -> Draw:
+        """The same draws on the CPU: for what the program itself reads, which must not wait for the device."""
+        return replace(self, device=torch.device("cpu"))
 
     def _rows(self, stream: str) -> list[np.random.Generator]:
         return [row_generator(self.seed, self.tick, stream, index) for index in self.indices]

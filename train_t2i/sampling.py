@@ -25,10 +25,11 @@ def few_step(x0_at: X0At, path: Path, grid: Tensor, noise: Tensor, renoise: Call
 
     ``renoise(i)`` gives the fresh noise that leads to grid time i (consistency-style sampling, as DMD2 and LCM).
     """
-    x = noise
-    for i in range(len(grid) - 1):
+    x, num_steps = noise, len(grid) - 1
+    for i in range(num_steps):
         x0 = x0_at(x, rows_at(grid[i], x))
-        x = path.step(x, x0, rows_at(grid[i], x), rows_at(grid[i + 1], x), None if grid[i + 1] == 0 else renoise(i + 1))
+        fresh = renoise(i + 1) if i + 1 < num_steps else None
+        x = path.step(x, x0, rows_at(grid[i], x), rows_at(grid[i + 1], x), fresh)
     return x
 
 

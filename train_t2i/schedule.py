@@ -146,8 +146,8 @@ class TimeSampler:
         times = grid[:-1]
         if self.kind == "uniform":
             return draw.integers(stream, len(times))
-        continuous = self.sample(draw, stream, step).cpu()
-        return (continuous[:, None] - times.cpu()[None]).abs().argmin(dim=1)
+        continuous = self.sample(draw, stream, step)
+        return (continuous[:, None] - times[None]).abs().argmin(dim=1)
 
 
 class _Draws(Protocol):

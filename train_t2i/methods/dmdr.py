@@ -76,7 +76,7 @@ class DMDR:
         cond = setting.family.encode(batch.prompts, config.negative_prompt if guided else None)
         draw = setting.draw(clock, batch.indices)
         noise = draw.normal("simulation/0", setting.latent_shape)
-        level = self.level_times.sample_index(draw, "level", clock.step, setting.grid)
+        level = self.level_times.sample_index(draw.on_host(), "level", clock.step, setting.grid)
         x0 = simulate_to(
             lambda x, t: self.networks.x0("generator", x, t, cond),
             self.path,
