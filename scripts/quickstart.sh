@@ -35,8 +35,6 @@ export RESUME_CKPT="$WORK/cold-1/checkpoints/torch_units/step-$COLD_STEPS.pt"
 unset XL_ODE_PRETRAIN_PATH
 stage dmdr-1 train dmdr_sdxl_refl dmdr-1 --max-train-steps "$DMDR_STEPS" --cold-start-iter "$COLD_STEPS" ${SHORT[@]+"${SHORT[@]}"}
 stage evaluate-teacher evaluate_teacher
-for model in ode-1 cold-1 dmdr-1; do
-  stage "evaluate-$model" evaluate "$model" "$WORK/$model"
-done
+stage evaluate-students evaluate ode-1,cold-1,dmdr-1 "$WORK/ode-1" "$WORK/cold-1" "$WORK/dmdr-1"
 stage report "$PYTHON" -m train_t2i report "$WORK/ode-1" "$WORK/cold-1" "$WORK/dmdr-1" --table "$WORK/table.json" --out "$WORK/report"
 printf 'table:  %s\nreport: %s\n' "$WORK/table.json" "$WORK/report"

@@ -59,7 +59,7 @@ train() { # LAUNCHER EXP_NAME FLAGS...: a training stage, from its newest checkp
     bash "$LAUNCHERS/$launcher.sh" --auto-resume --sample-prompts "$WORK/eval_prompts.txt" "$@"
 }
 
-evaluate() { # NAME FLAGS...: one row of $TABLE
+evaluate() { # NAMES FLAGS...: a row of $TABLE for each of the comma list
   local name="$1"
   shift
   "$PYTHON" -m train_t2i evaluate "$@" --name "$name" --out "$TABLE" --prompts "$WORK/eval_prompts.txt" \

@@ -100,11 +100,13 @@ def test_rows_are_merged_by_model(runs, tmp_path, prompts_file, scorer, sdxl_fol
     rows = json.loads(out.read_text())
     assert [(row["model"], row["network_calls"]) for row in rows] == [("teacher", 4), ("one@2", 1), ("lora@2", 1)]
     assert all(row["clip"] is None and row["frechet"] is None for row in rows)
-    assert main(["evaluate", str(runs["one"]), *common, "--seed", "9"]) == 0
+    named = ["--seed", "9", "--name", "one@2,another"]
+    assert main(["evaluate", str(runs["one"]), str(runs["lora"]), *common, *named]) == 0
     assert main(["evaluate", str(runs["one"]), "--step", "1", *common]) == 0
     again = json.loads(out.read_text())
-    assert [row["model"] for row in again] == ["teacher", "one@2", "lora@2", "one@1"]
-    assert again[1]["seed"] == 9
+    assert [row["model"] for row in again] == ["teacher", "one@2", "lora@2", "another", "one@1"]
+    assert (again[1]["seed"], again[3]["seed"]) == (9, 9)
+    assert again[3]["run"] == again[2]["run"]
     assert [again[0], again[2]] == [rows[0], rows[2]]
 
 
@@ -187,7 +189,8 @@ def test_mistakes_of_evaluate(runs, tmp_path, capsys, prompts_file, towers, scor
             "2 rows",
         ),
         (["--out", broken], "not a table"),
-        (["--teacher", "--name", "x"], "--name"),
+        (["--teacher", "--name", "x"], "--name x: 2 models"),
+        (["--name", "x,y"], "--name x,y: 1 models"),
         ([tmp_path / "no-run"], "no checkpoint"),
     ):
         assert said in refused(capsys, *common, *more), more

@@ -42,7 +42,7 @@ class EvaluateConfig(ModelChoice):
     count: int = flag(500, "prompts to use, from the first", low=2)
     seed: int = flag(1000, "image i is made with seed + i", low=0, high=2**62)
     batch_size: int = flag(50, "images a batch", low=1)
-    name: str | None = flag(None, "name of the model in the table (one model; default: RUN@STEP, or teacher)")
+    name: str | None = flag(None, "names of the models in the table, comma list (default: RUN@STEP, or teacher)")
     scorer: str | None = flag(None, "adherence, module:function, (images (B,3,H,W) in [0,1], prompts) -> (B,)")
     clip_reward_model: str | None = flag(None, "CLIP reward: weights file or tower folder")
     hpsv2_reward_model: str | None = flag(None, "HPSv2.1 reward: weights file or tower folder")
@@ -70,8 +70,10 @@ def check_config(config: EvaluateConfig) -> None:
     if not config.prompts:
         raise UserError("--prompts: no file given", "give the file of prompts to evaluate on")
     models = len(config.runs) + config.teacher
-    if config.name and models > 1:
-        raise UserError(f"--name names one model, {models} are given", "evaluate them one by one, or leave it out")
+    if config.name and len(config.name.split(",")) != models:
+        raise UserError(
+            f"--name {config.name}: {models} models are given", "as many names, separated by commas, or leave it out"
+        )
     if config.reference and not config.held_out_model:
         raise UserError("--reference needs the features of a tower", "give --held-out-model")
     if config.reference_count and not config.reference:
@@ -234,10 +236,10 @@ def save_grid(folder: str, name: str, images: Sequence[Tensor]) -> None:
 
 
 def evaluate_model(
-    load: Callable[[], ImageModel], prompts: Sequence[str], scorers: Scorers, config: EvaluateConfig
+    load: Callable[[], ImageModel], name: str | None, prompts: Sequence[str], scorers: Scorers, config: EvaluateConfig
 ) -> dict:
     model = load()
-    name = config.name or model.name
+    name = name or model.name
     scorers.prepare_reference(model.settings.size_px)
     made = make_and_score(model, prompts, scorers, config, name)
     row = row_of(model, name, made, scorers, config)
@@ -261,7 +263,8 @@ def main(arguments: Sequence[str]) -> int:
     if len(prompts) < config.count:
         print(f"{config.prompts} holds {len(prompts)} prompts: all of them are used")
     scorers = Scorers(config)
-    rows = [evaluate_model(load, prompts, scorers, config) for load in loaders]
+    names = config.name.split(",") if config.name else [None] * len(loaders)
+    rows = [evaluate_model(load, name, prompts, scorers, config) for load, name in zip(loaders, names, strict=True)]
     print(format_table(rows))
     for row in rows:  # where --reward-margin should lie above
         told = ", ".join(f"{key} {value:.4g}" for key, value in row["p99"].items() if key in ("clip", "hps"))
