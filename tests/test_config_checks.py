@@ -6,14 +6,9 @@ import pytest
 
 from train_t2i.__main__ import main
 from train_t2i.cli import parse
-from train_t2i.config import METHOD_NAMES, Config, fields_of
+from train_t2i.config import METHOD_NAMES, fields_of
 from train_t2i.config_checks import CONDITIONAL
 from train_t2i.errors import EXIT_DONE, EXIT_USER
-
-
-def run_of(*arguments: str) -> Config:
-    return parse(arguments).run
-
 
 # -- mistakes in flags -----------------------------------------------------------------------------------------------
 
@@ -104,7 +99,7 @@ def test_a_run_stays_inside_its_output_folder(capsys, name):
 
 @pytest.mark.parametrize("name", ["dmdr", "a.b", "...", "naïve run: 1", "-1"])
 def test_any_plain_name_is_a_run(name):
-    assert run_of(f"--exp-name={name}").exp_name == name
+    assert parse([f"--exp-name={name}"]).run.exp_name == name
 
 
 # -- flags that act only beside others -------------------------------------------------------------------------------
@@ -179,7 +174,7 @@ def test_a_default_may_always_be_spelled_out(method):
 def test_the_layout_that_auto_stands_for(flags, layout):
     from train_t2i.config import resolved_layout
 
-    assert resolved_layout(run_of(*flags.split())) == layout
+    assert resolved_layout(parse(flags.split()).run) == layout
 
 
 def test_every_layout_can_be_chosen_and_timed():

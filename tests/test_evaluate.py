@@ -191,6 +191,9 @@ def test_mistakes_of_evaluate(runs, tmp_path, capsys, prompts_file, towers, scor
         (["--out", broken], "not a table"),
         (["--teacher", "--name", "x"], "--name x: 2 models"),
         (["--name", "x,y"], "--name x,y: 1 models"),
+        ([runs["four"], "--name", "x,x"], "--name x,x: 2 models"),
+        ([runs["four"], "--name", "x,"], "--name x,: 2 models"),
+        ([runs["four"], "--name", "x,,y"], "--name x,,y: 2 models"),
         ([tmp_path / "no-run"], "no checkpoint"),
     ):
         assert said in refused(capsys, *common, *more), more

@@ -70,9 +70,11 @@ def check_config(config: EvaluateConfig) -> None:
     if not config.prompts:
         raise UserError("--prompts: no file given", "give the file of prompts to evaluate on")
     models = len(config.runs) + config.teacher
-    if config.name and len(config.name.split(",")) != models:
+    names = config.name.split(",") if config.name else []
+    if names and not len(names) == len({*names} - {""}) == models:
         raise UserError(
-            f"--name {config.name}: {models} models are given", "as many names, separated by commas, or leave it out"
+            f"--name {config.name}: {models} models are given",
+            "give as many different names, separated by commas, or leave it out",
         )
     if config.reference and not config.held_out_model:
         raise UserError("--reference needs the features of a tower", "give --held-out-model")
