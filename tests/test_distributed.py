@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from trainer import Trainer, flags_of
 
 COMMON = "--max-train-steps 2 --checkpoint-steps 1 --adam-epsilon 1e-2 --sample-steps 2"
 CASES = {
@@ -100,8 +101,6 @@ def child(plan_file: str) -> None:
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory, sdxl_folder, tiny_vae_folder, prompts_file, images_table, pairs_folder, towers):
     """(folder of runs, arguments of a run by name, what each process reported)."""
-    from conftest import Trainer, flags_of
-
     root = tmp_path_factory.mktemp("distributed")
     flags = flags_of(root, sdxl_folder, tiny_vae_folder, prompts_file, images_table, pairs_folder)
     trainer = Trainer(root, flags, lambda: ("", ""))
