@@ -8,8 +8,10 @@
 #
 # A setting is overridden by the environment (LEARNING_RATE_GEN=1e-6) or by an extra argument (--learning-rate-gen 1e-6),
 # which wins.  TINY=1 takes the third column, on the models in checkpoints/, and makes the data that is missing.
-# NUM_PROCESSES defaults to the GPUs that are here.
+# NUM_PROCESSES defaults to the GPUs that are here; BACKEND says what they share: ddp (nothing), fsdp2, zero2, zero3.
 # On several machines: multi_node/multi.sh.
+BACKEND="${BACKEND:-ddp}"
+[[ "$BACKEND" != zero* ]] || TRAIN_T2I_EXTRAS="${TRAIN_T2I_EXTRAS:-} deepspeed"
 # shellcheck source=scripts/setup.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/setup.sh"
 # shellcheck source=scripts/tiny_data.sh
@@ -69,8 +71,9 @@ launch() { # EXTRA ARGUMENTS...: starts the run in this process
   [[ -n "${NUM_PROCESSES:-}" || "$count" != 0 ]] || count=1
   check_count NUM_PROCESSES "$count" || return
   check_count NUM_MACHINES "$machines" || return
+  [[ "$BACKEND" =~ ^(ddp|fsdp2|zero2|zero3)$ ]] || setup_fail "BACKEND=$BACKEND: unknown" "one of ddp, fsdp2, zero2, zero3" || return
   if ((count * machines > 1)); then
-    starter=(accelerate.commands.launch --config_file "$SETUP_ROOT/scripts/accelerate/ddp.yaml" --num_processes $((count * machines)))
+    starter=(accelerate.commands.launch --config_file "$SETUP_ROOT/scripts/accelerate/$BACKEND.yaml" --num_processes $((count * machines)))
   fi
   if ((machines > 1)); then # MACHINE_RANK, MASTER_ADDR and MASTER_PORT: see multi_node/multi.sh
     starter+=(--num_machines "$machines" --machine_rank "$MACHINE_RANK" --main_process_ip "$MASTER_ADDR" --main_process_port "$MASTER_PORT")

@@ -22,15 +22,19 @@ setup_fail() {
   return 2
 }
 
-setup_digest() { # what an environment was made from: lock, project, extras and place
+setup_digest() { # what an environment was made from: lock, project and place
   {
     cat -- "$SETUP_ROOT/uv.lock" "$SETUP_ROOT/pyproject.toml"
-    printf '%s\n%s\n' "${TRAIN_T2I_EXTRAS:-}" "$SETUP_ROOT"
+    printf '%s\n' "$SETUP_ROOT"
   } | if command -v sha256sum >/dev/null 2>&1; then sha256sum; else shasum -a 256; fi | cut -d ' ' -f 1
 }
 
-setup_stamped() { # ENVIRONMENT DIGEST: was it made, whole, from this digest?
-  [[ -x "$1/bin/python" && -r "$1/.train_t2i_stamp" && "$(<"$1/.train_t2i_stamp")" == "$2" ]]
+setup_stamped() { # ENVIRONMENT DIGEST: was it made, whole, from this digest, with the extras that are asked for?
+  local extra digest extras
+  [[ -x "$1/bin/python" && -r "$1/.train_t2i_stamp" ]] || return 1
+  { read -r digest; read -r extras || true; } <"$1/.train_t2i_stamp"
+  [[ "$digest" == "$2" ]] || return 1
+  for extra in ${TRAIN_T2I_EXTRAS:-}; do [[ " $extras " == *" $extra "* ]] || return 1; done
 }
 
 setup_has_stack() { # ENVIRONMENT: does it hold the locked version of every core package, on a Python that is supported?
@@ -88,11 +92,14 @@ setup_uv() { # prints a uv that works; pip puts one into a private folder where 
 }
 
 setup_sync() { # ENVIRONMENT DIGEST: makes it what uv.lock says
-  local uv extra
+  local uv extra digest="" extras=""
   local -a options=(--frozen --project "$SETUP_ROOT")
   uv="$(setup_uv)"
   [[ -t 2 ]] || options+=(--quiet)
-  for extra in ${TRAIN_T2I_EXTRAS:-}; do options+=(--extra "$extra"); done
+  [[ ! -r "$1/.train_t2i_stamp" ]] || { read -r digest; read -r extras || true; } <"$1/.train_t2i_stamp"
+  [[ "$digest" == "$2" ]] || extras="" # those of the same lock stay
+  for extra in ${TRAIN_T2I_EXTRAS:-}; do [[ " $extras " == *" $extra "* ]] || extras="${extras:+$extras }$extra"; done
+  for extra in $extras; do options+=(--extra "$extra"); done
   setup_say "making $1 from uv.lock (the first time takes minutes)"
   rm -f -- "$1/.train_t2i_stamp"
   if ! UV_PROJECT_ENVIRONMENT="$1" "$uv" sync "${options[@]}" >&2; then
@@ -100,7 +107,7 @@ setup_sync() { # ENVIRONMENT DIGEST: makes it what uv.lock says
     UV_NATIVE_TLS=1 UV_SYSTEM_CERTS=1 UV_PROJECT_ENVIRONMENT="$1" "$uv" sync "${options[@]}" >&2 ||
       setup_fail "uv could not make $1" "read its message above; a proxy or a full disk are the usual causes"
   fi
-  printf '%s\n' "$2" >"$1/.train_t2i_stamp"
+  printf '%s\n%s\n' "$2" "$extras" >"$1/.train_t2i_stamp"
 }
 
 setup_main() {

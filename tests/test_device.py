@@ -32,7 +32,9 @@ def built(settings: Settings) -> Method:
     settings, cpu = build.resolved(settings), torch.device("cpu")
     kind = METHODS[settings.run.method]
     family = build.build_family(settings.run, torch.float32)
-    networks = build.assemble(settings, family, uses=kind.uses, trains=kind.trains, dtype=torch.float32, device=cpu)
+    networks = build.assemble(
+        settings, family, uses=kind.uses, trains=kind.trains, dtype=torch.float32, place=lambda net, blocks: None
+    )
     return build.build_method(settings, networks, cpu, build.build_rewards(settings.method, torch.float32, cpu, False))
 
 

@@ -1,101 +1,28 @@
-"""Two processes on the CPU (gloo, by torchrun) against one: one launch, several runs in it.
-
-Run as a program this file is what each of the two processes executes.
-"""
+"""Two processes on the CPU against one: data parallelism, and what all processes agree on whatever the backend."""
 
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
+from launched import Plan, launch
 from trainer import Trainer, flags_of
 
 COMMON = "--max-train-steps 2 --checkpoint-steps 1 --adam-epsilon 1e-2 --sample-steps 2"
 CASES = {
-    # name: (method, flags of two processes, flags of one process with the same global batch)
-    "shared": ("dmdr", "--use-lora-gen --cold-start-iter 1 {rewards} --batch-size 2", "--batch-size 4"),
+    # name: (method, flags of two processes, flags of one process with the same global batch, what is done to it)
+    "shared": ("dmdr", "--use-lora-gen --cold-start-iter 1 {rewards} --batch-size 2", "--batch-size 4", "none"),
     "paired": (
         "dmdr",
         "--batch-size 1 --gradient-accumulation-steps 2",
         "--batch-size 4 --gradient-accumulation-steps 1",
+        "none",
     ),
-    "sft": ("sft", "--batch-size 2", "--batch-size 4"),
-    "skips": ("dmdr", "--batch-size 2", "--batch-size 4"),
-    "stopped": ("dmdr", "--batch-size 2", "--batch-size 4"),
+    "sft": ("sft", "--batch-size 2", "--batch-size 4", "none"),
+    "skips": ("dmdr", "--batch-size 2", "--batch-size 4", "not_finite"),
+    "stopped": ("dmdr", "--batch-size 2", "--batch-size 4", "signal"),
 }
-
-
-# -- what each process does ------------------------------------------------------------------------------------------
-
-
-def watch_writes(root: str, found: list[str]) -> None:
-    """Keep everything that this process makes, opens for writing, moves or removes below ``root``."""
-
-    def hook(event: str, arguments: tuple) -> None:
-        if event == "open":
-            path, _, flags = arguments
-            writes = isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
-            if writes and isinstance(path, str | os.PathLike) and str(path).startswith(root):
-                found.append(f"open {path}")
-        elif event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir") and str(arguments[0]).startswith(root):
-            found.append(f"{event} {arguments[0]}")
-
-    sys.addaudithook(hook)
-
-
-def poisoned(dmd: Callable[..., Any], rank: int) -> Callable[..., Any]:
-    """The loss, not a number in the first update of process 1."""
-    updates = iter(range(100))
-
-    def loss(*arguments: Any) -> Any:
-        bad = (rank, next(updates)) == (1, 0)
-        return dmd(*arguments) * (float("nan") if bad else 1.0)
-
-    return loss
-
-
-def child(plan_file: str) -> None:
-    import torch
-
-    torch.set_num_threads(1)
-    from train_t2i import engine, losses, train
-    from train_t2i.__main__ import main
-
-    plan: dict[str, Any] = json.loads(Path(plan_file).read_text())
-    rank, written, codes = int(os.environ["RANK"]), [], {}
-    engine.Engine.close = lambda self: None  # the processes stay together for the next run
-    if rank == 1:
-        watch_writes(plan["root"], written)
-    dmd, flush, find = losses.dmd, train.log.RunLog.flush, train.find_checkpoint
-    for name, arguments in plan["runs"]:
-        if name == "skips":
-            losses.dmd = poisoned(dmd, rank)
-        elif name == "stopped":
-
-            def interrupted(self, tick: int, *rest: Any) -> None:
-                flush(self, tick, *rest)
-                if rank == 1 and tick == 1:
-                    os.kill(os.getpid(), signal.SIGTERM)
-
-            train.log.RunLog.flush = interrupted
-        elif name == "divided" and rank == 1:
-            train.find_checkpoint = lambda cfg, folder: None
-        codes[name] = main(arguments)
-        losses.dmd, train.log.RunLog.flush, train.find_checkpoint = dmd, flush, find
-    state = engine.PartialState()
-    result = {"codes": codes, "written": written, "world": state.num_processes, "backend": state.backend}
-    Path(f"{plan_file}.{rank}").write_text(json.dumps(result))
-    torch.distributed.destroy_process_group()
-
-
-# -- the tests -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -107,32 +34,17 @@ def launched(tmp_path_factory, sdxl_folder, tiny_vae_folder, prompts_file, image
     rewards = f"--clip-reward-model {towers['clip']} --reward-margin 2"
 
     def arguments(case: str, name: str, alone: bool = False, more: str = "") -> list[str]:
-        method, two, one = CASES[case]
+        method, two, one, _ = CASES[case]
         steps = "--sample-num-steps 2" if method == "dmdr" else ""
         flags = f"{COMMON} {steps} {two.format(rewards=rewards)} {one if alone else ''} {more}"
         return trainer.arguments(name, flags, method)
 
-    runs = [(name, arguments(name, name)) for name in CASES]
-    runs.append(("short", arguments("shared", "resumed", more="--max-train-steps 1")))
-    runs.append(("resumed", arguments("shared", "resumed", more="--auto-resume")))
-    runs.append(("divided", arguments("shared", "resumed", more="--auto-resume --max-train-steps 3")))
-    plan = root / "plan.json"
-    plan.write_text(json.dumps({"root": str(root), "runs": runs}))
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        __file__,
-        str(plan),
-    ]
-    repository = str(Path(__file__).parents[1])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": repository}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=550)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return root, arguments, [json.loads(Path(f"{plan}.{rank}").read_text()) for rank in range(2)]
+    plans = [Plan(name, arguments(name, name), fault) for name, (*_, fault) in CASES.items()]
+    plans.append(Plan("short", arguments("shared", "resumed", more="--max-train-steps 1")))
+    plans.append(Plan("resumed", arguments("shared", "resumed", more="--auto-resume")))
+    late = arguments("shared", "resumed", more="--auto-resume --max-train-steps 3")
+    plans.append(Plan("divided", late, "no_common_disk"))
+    return root, arguments, launch(root, 2, plans)
 
 
 def test_two_processes_ran(launched):
@@ -223,15 +135,3 @@ def test_processes_that_find_different_checkpoints_train_nothing(launched):
     from train_t2i.checkpoint import RunFolder
 
     assert RunFolder(launched[0] / "resumed").steps() == [2, 1]
-
-
-def test_a_launch_of_another_size_is_refused(launched, capsys):
-    from train_t2i.__main__ import main
-
-    _, arguments, _ = launched
-    assert main(arguments("shared", "shared", more="--auto-resume")) == 2
-    assert "made by 2 processes, this launch has 1" in capsys.readouterr().err
-
-
-if __name__ == "__main__":
-    child(sys.argv[1])

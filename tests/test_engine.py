@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -12,6 +13,8 @@ from tiny_runs import record, stopped_at, weights
 
 from train_t2i.config import Config, DMDRConfig, Settings
 from train_t2i.engine import AdamSettings, Engine
+from train_t2i.engine.adam import LossScale
+from train_t2i.engine.processes import chosen_backend
 from train_t2i.errors import EXIT_USER, UserError
 from train_t2i.train import learning_rate
 
@@ -56,7 +59,7 @@ def engine_of(precision: str = "no", max_grad_norm: float = 1.0, **adam):
     parameter = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
     engine = Engine(precision, max_grad_norm)
     settings = AdamSettings(0.1, (0.9, 0.999), 1e-8, 0.0, False)
-    engine.prepare("generator", [parameter], settings)
+    engine.prepare("generator", torch.nn.Module(), {"p": parameter}, settings)
     return engine, parameter
 
 
@@ -65,7 +68,7 @@ def test_gradients_are_clipped_to_the_norm_that_was_set(monkeypatch, limit, expe
     """The published flag did nothing."""
     engine, parameter = engine_of(max_grad_norm=limit)
     seen = []
-    monkeypatch.setattr(engine.optimizers["generator"], "step", lambda: seen.append(parameter.grad.tolist()))
+    monkeypatch.setattr(engine.backend.optimizers["generator"], "step", lambda: seen.append(parameter.grad.tolist()))
     engine.backward("generator", (torch.tensor([3.0, 4.0]) * parameter).sum())
     report = engine.step("generator")
     assert report.grad_norm == pytest.approx(5)
@@ -75,21 +78,37 @@ def test_gradients_are_clipped_to_the_norm_that_was_set(monkeypatch, limit, expe
 
 def test_fp16_loss_scale_falls_once_an_overflow_and_survives_a_checkpoint():
     engine, parameter = engine_of("fp16")
-    scaler = engine.scalers["generator"]
     for scale, finite in ((65536.0, True), (65536.0, False), (32768.0, False), (16384.0, True)):
-        assert scaler.get_scale() == scale
+        assert engine.scales["generator"].scale == scale
         before = parameter.detach().clone()
         engine.backward("generator", parameter.sum() * (1.0 if finite else float("inf")))
         report = engine.step("generator")
         assert report.skipped is not finite
         assert torch.equal(parameter, before) is not finite
         assert not finite or report.grad_norm == pytest.approx(2**0.5, rel=1e-3)
-    state = engine.scaler_state("generator")
-    assert state["_growth_tracker"] == 1  # counted anew after the overflow
+    saved = engine.role_state("generator")
+    assert saved.scaler["_growth_tracker"] == 1  # counted anew after the overflow
     other, _ = engine_of("fp16")
-    other.load_scaler_state("generator", json.loads(json.dumps(state)))
-    assert other.scalers["generator"].get_scale() == 16384.0
-    other.load_scaler_state("generator", {})  # a stage whose checkpoint was not made in fp16
+    other.load_role("generator", replace(saved, scaler=json.loads(json.dumps(saved.scaler))))
+    assert other.scales["generator"].scale == 16384.0
+    other.load_role("generator", replace(saved, scaler={}))  # a stage whose checkpoint was not made in fp16
+    assert other.scales["generator"].scale == 16384.0
+
+
+def test_the_loss_scale_follows_torchs_own():
+    """Doubled after a number of good steps, halved by an overflow: GradScaler on the same votes."""
+    theirs, mine = torch.amp.GradScaler("cpu", growth_interval=3), LossScale.of(torch.float16)
+    mine.growth_interval = 3
+    parameter = torch.nn.Parameter(torch.ones(()))
+    optimizer = torch.optim.SGD([parameter], lr=0)
+    for overflow in (False, False, False, False, True, False, False, False, True, True):
+        optimizer.zero_grad()
+        theirs.scale(parameter * (float("inf") if overflow else 1.0)).backward()
+        theirs.step(optimizer)
+        theirs.update()
+        mine.update(overflow)
+        assert mine.scale == theirs.get_scale()
+        assert {key: mine.state()[key] for key in theirs.state_dict()} == theirs.state_dict()
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -115,11 +134,18 @@ def test_a_launch_that_starts_too_few_processes_is_refused(monkeypatch):
         Engine("no", 1.0)
 
 
-@pytest.mark.parametrize("name", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
-def test_a_launch_that_asks_for_more_is_refused(monkeypatch, name):
-    monkeypatch.setenv(name, "true")
-    with pytest.raises(UserError, match="FSDP or DeepSpeed"):
-        Engine("no", 1.0)
+def test_the_backend_is_the_flag_or_what_the_launchers_config_asks_for(monkeypatch):
+    assert chosen_backend("auto") == "ddp"
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert [chosen_backend(name) for name in ("auto", "zero2")] == ["fsdp2", "zero2"]
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    assert chosen_backend("auto") == "zero2"
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
+    assert chosen_backend("auto") == "zero3"
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "1")
+    with pytest.raises(UserError, match="ZeRO stage 1"):
+        chosen_backend("auto")
 
 
 def test_eight_bit_adam_names_what_it_needs(trainer, monkeypatch):

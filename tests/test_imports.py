@@ -52,7 +52,6 @@ ANNEXES = {
     "cli": "config",
     "config_checks": "config",
     "storage": "checkpoint",
-    "optimizer_state": "checkpoint",
     "tables": "data",
 }
 # room -> the third-party packages it may import; a room that is not named may import any that is not reserved.

@@ -321,7 +321,7 @@ def test_adapters_are_fp32_and_full_networks_have_fp32_masters(family):
         specs = {"guidance": AdapterSpec(2, 2), "generator": AdapterSpec(4, 8)}
         networks = build_networks(
             family, layout, specs, uses=("generator", "guidance", "teacher"), trains=("generator", "guidance"),
-            dtype=torch.bfloat16, device=CPU,
+            dtype=torch.bfloat16, place=lambda net, blocks: None,
         )  # fmt: skip
         for role in ("generator", "guidance"):
             assert {p.dtype for p in networks.parameters(role)} == {torch.float32}
@@ -437,7 +437,8 @@ def test_the_simulation_stops_at_the_largest_level_drawn(family, monkeypatch):
 @pytest.mark.parametrize("role", ["generator", "guidance"])
 def test_an_exported_adapter_is_read_by_peft(shared, family, cond, x, tmp_path, role):
     spec = {"guidance": AdapterSpec(2, 2), "generator": AdapterSpec(4, 8)}[role]
-    tensors, config = export_adapter(shared, role, spec)
+    weights = {name: p.detach() for name, p in shared.named_parameters(role).items()}
+    tensors, config = export_adapter(shared, role, spec, weights)
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     theirs = PeftModel.from_pretrained(family.load(torch.float32), tmp_path)

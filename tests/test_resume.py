@@ -8,8 +8,9 @@ import torch
 from tiny_runs import RL, equal, record, stopped_at, weights
 
 from train_t2i.checkpoint import RunFolder
-from train_t2i.engine import Engine
-from train_t2i.errors import EXIT_USER
+from train_t2i.config import Config
+from train_t2i.errors import EXIT_USER, UserError
+from train_t2i.resume import kept_batch
 
 # -- exact resume ----------------------------------------------------------------------------------------------------
 
@@ -153,11 +154,37 @@ def test_under_a_cosine_the_length_is_part_of_the_rates(trainer):
     assert "max_train_steps: checkpoint=2 now=5" in ended.err
 
 
-def test_another_number_of_processes_is_refused(trainer, first, monkeypatch):
-    monkeypatch.setattr(Engine, "world", property(lambda self: 3, lambda self, value: None), raising=False)
-    ended = trainer.ends("first", "--batch-size 1 --auto-resume")
-    assert ended.code == EXIT_USER
-    assert "made by 1 processes, this launch has 3" in ended.err
+@pytest.mark.parametrize(
+    ("world", "flags", "expected"),
+    [
+        (3, (8, 1), (8, 1)),  # as saved
+        (6, (8, 1), (4, 1)),
+        (1, (8, 1), (8, 3)),  # more micro-batches, none of them larger
+        (2, (8, 1), (6, 2)),
+        (12, (2, 1), (2, 1)),  # other flags that make the same batch
+        (1, (12, 2), (12, 2)),
+    ],
+)
+def test_another_number_of_processes_keeps_the_global_batch(world, flags, expected):
+    record = {"global_batch": 24, "settings": {"batch_size": 8, "gradient_accumulation_steps": 1}}
+    cfg = Config(batch_size=flags[0], gradient_accumulation_steps=flags[1])
+    assert kept_batch(cfg, record, world) == expected
+
+
+@pytest.mark.parametrize(
+    ("world", "flags", "told"),
+    [
+        (7, (8, 1), "24 rows does not divide among 7 processes"),
+        (36, (8, 1), "launch 24, the nearest"),
+        (9, (8, 1), "launch 8 or 12, the nearest"),
+        (3, (4, 1), "--batch-size: 3 processes would make batches of 12 rows, this run's have 24"),
+    ],
+)
+def test_a_global_batch_that_cannot_be_kept_is_refused_with_what_can(world, flags, told):
+    record = {"global_batch": 24, "settings": {"batch_size": 8, "gradient_accumulation_steps": 1}}
+    with pytest.raises(UserError) as refused:
+        kept_batch(Config(batch_size=flags[0], gradient_accumulation_steps=flags[1]), record, world)
+    assert told in f"{refused.value.message} {refused.value.hint}"
 
 
 def test_a_run_without_a_guidance_network_cannot_be_continued_by_dmdr_but_can_start_it(trainer):

@@ -135,7 +135,7 @@ def networks(
     torch.manual_seed(seed)
     return build_networks(
         family, layout, specs, uses=tuple(uses), trains=tuple(trains), dtype=torch.float32,
-        device=torch.device("cpu"), **options,
+        place=lambda net, blocks: None, **options,
     )  # fmt: skip
 
 

@@ -129,7 +129,7 @@ def prepare(config: BenchmarkConfig, layout: str, checkpointing: bool) -> Bench:
     family = family.to(engine.device)
     roles = METHODS["dmdr"]
     networks = build.assemble(
-        settings, family, uses=roles.uses, trains=roles.trains, dtype=engine.dtype, device=engine.device,
+        settings, family, uses=roles.uses, trains=roles.trains, dtype=engine.dtype, place=engine.place,
         autocast=engine.autocast,
     )  # fmt: skip
     family.encode = watch.around("text_encoding", family.encode)
@@ -139,7 +139,7 @@ def prepare(config: BenchmarkConfig, layout: str, checkpointing: bool) -> Bench:
     )
     method = build.build_method(settings, networks, engine.device, terms)
     for role in roles.trains:
-        engine.prepare(role, networks.parameters(role), AdamSettings(1e-8, (0.9, 0.999), 1e-8, 0.0, False))
+        networks.prepare(role, engine.prepare, AdamSettings(1e-8, (0.9, 0.999), 1e-8, 0.0, False))
     feed = Feed(Prompts(config.data_path_train), 0, config.batch_size)
     return Bench(engine, networks, method, feed, watch)
 

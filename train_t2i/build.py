@@ -67,7 +67,7 @@ def assemble(
     uses: tuple[Role, ...],
     trains: tuple[Role, ...],
     dtype: torch.dtype,
-    device: torch.device,
+    place: Callable[[nn.Module, tuple[str, ...]], object],
     autocast: Callable[[], AbstractContextManager] = nullcontext,
 ) -> Networks:
     """The networks of a run before any training, its generator initialised where the settings say so."""
@@ -87,14 +87,21 @@ def assemble(
         uses=uses,
         trains=trains,
         dtype=dtype,
-        device=device,
+        place=place,
         checkpointing=run.gradient_checkpointing,
         autocast=autocast,
         prepare=initialise,
     )
 
 
-def build_method(settings: Settings, networks: Networks, device: torch.device, terms: tuple[RewardTerm, ...]) -> Method:
+def build_method(
+    settings: Settings,
+    networks: Networks,
+    device: torch.device,
+    terms: tuple[RewardTerm, ...],
+    *,
+    calls_need_all: bool = False,
+) -> Method:
     run, family = settings.run, networks.family
     setting = Setting(
         networks=networks,
@@ -104,6 +111,7 @@ def build_method(settings: Settings, networks: Networks, device: torch.device, t
         seed=run.seed,
         device=device,
         rewards=terms,
+        calls_need_all=calls_need_all,
     )
     kind = METHODS[run.method]
     if run.method == "sft":

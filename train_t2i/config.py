@@ -106,6 +106,12 @@ class Config:
     report_to: str = flag("jsonl", "comma list of jsonl, wandb, tensorboard (jsonl is always on)", resume="free")
     teacher_num_steps: int = flag(25, "network calls of the teacher's sample images", resume="free", low=1, high=500)
     teacher_cfg: float = flag(7.0, "guidance of the teacher's sample images", resume="free", low=1)
+    backend: str = flag(
+        "auto",
+        "what several processes share: ddp (nothing), fsdp2, zero2, zero3; auto: what the launcher's config asks for",
+        resume="free",
+        choices=("auto", "ddp", "fsdp2", "zero2", "zero3"),
+    )
     dry_run: bool = flag(False, "print the settings and leave", resume="free")
     config: str | None = flag(None, "YAML file of settings; flags win", resume="free")
 

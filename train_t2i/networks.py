@@ -8,7 +8,7 @@ Shapes: x_t (B, C, H, W); t (B,) fp32 in [0, 1].
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -55,6 +55,7 @@ class Networks:
         self.num_calls = 0  # network calls so far; a guided one counts twice, since it carries twice the rows
         self._selected: dict[str, tuple[str | None, float]] = {}
         self._lora = {name: [m for m in net.modules() if isinstance(m, LoraLayer)] for name, net in modules.items()}
+        self.entries: dict[Role, nn.Module] = {}  # what to call where a role builds a graph, if not its module
         self._updating: Role | None = None
         self._graph_scale: float | None = None
         for name in modules:
@@ -67,6 +68,11 @@ class Networks:
         name, adapter = self.routes[role]
         named = self.modules[name].named_parameters()
         return {key: p for key, p in named if adapter is None or f".{adapter}." in key}
+
+    def prepare(self, role: Role, prepare: Callable[..., nn.Module], adam: object) -> None:
+        """Have ``prepare(role, module, named parameters, adam)`` make the role's optimizer; call what it returns."""
+        module = self.modules[self.routes[role][0]]
+        self.entries[role] = prepare(role, module, self.named_parameters(role), adam)
 
     def parameters(self, role: Role) -> list[nn.Parameter]:
         return list(self.named_parameters(role).values())
@@ -104,8 +110,9 @@ class Networks:
         self._select(name, adapter, scale)
         self.num_calls += 1 if _unguided(cfg) else 2
         try:
+            net = self.entries.get(role, self.modules[name]) if builds_graph else self.modules[name]
             with torch.set_grad_enabled(builds_graph), self.autocast():
-                return self._guided(self.modules[name], x_t, t, cond, cfg)
+                return self._guided(net, x_t, t, cond, cfg)
         finally:
             if builds_graph:  # stays on for the recomputation in backward
                 self._graph_scale = scale
@@ -183,14 +190,15 @@ def build_networks(
     uses: tuple[Role, ...],
     trains: tuple[Role, ...],
     dtype: torch.dtype,
-    device: torch.device,
+    place: Callable[[nn.Module, tuple[str, ...]], object],
     checkpointing: bool = False,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
     prepare: Callable[[dict[str, nn.Module]], None] = lambda modules: None,
 ) -> Networks:
     """Load what the used roles need, once; trained full modules in fp32, frozen ones in ``dtype``.
 
-    ``prepare(modules)`` may load other weights into "gen" before adapters are put on (an initialised generator).
+    ``prepare(modules)`` may load other weights into "gen" before adapters are put on (an initialised generator);
+    ``place(net, block class names)`` puts a finished network on the device.
     """
     routes = LAYOUTS[layout]
     needed = {routes[role][0] for role in uses}
@@ -200,22 +208,23 @@ def build_networks(
     for role in (r for r in uses if routes[r][1] is not None):
         add_adapter(modules[routes[role][0]], family, str(routes[role][1]), adapters[role])
     for net in modules.values():
-        net.requires_grad_(False).to(device)
+        net.requires_grad_(False)
         if checkpointing:
             net.enable_gradient_checkpointing()
     networks = Networks(family, modules, layout, trains, autocast)
     for role in trains:
         for parameter in networks.parameters(role):
             parameter.requires_grad_(True)
+    for net in modules.values():
+        place(net, family.block_names)
     return networks
 
 
-def export_adapter(networks: Networks, role: Role, spec: AdapterSpec) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def export_adapter(
+    networks: Networks, role: Role, spec: AdapterSpec, weights: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """A role's LoRA as peft saves it: (tensors of adapter_model.safetensors, adapter_config.json)."""
     _, adapter = networks.routes[role]
-    tensors = {
-        "base_model.model." + key.replace(f".{adapter}.", "."): p.detach().cpu().contiguous()
-        for key, p in networks.named_parameters(role).items()
-    }
+    tensors = {"base_model.model." + key.replace(f".{adapter}.", "."): tensor for key, tensor in weights.items()}
     config = lora_config(networks.family, spec).to_dict()
     return tensors, {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}

@@ -6,46 +6,51 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from train_t2i import __version__, build
 from train_t2i.checkpoint import Part, RunFolder, run_of
 from train_t2i.config import Config, Settings, fields_of, resolved_layout
+from train_t2i.engine import RoleState
 from train_t2i.errors import UserError
 from train_t2i.methods import METHODS
 from train_t2i.methods.base import Clock
 from train_t2i.networks import Role, export_adapter
-from train_t2i.optimizer_state import load_optimizer, optimizer_part
 from train_t2i.run import Run, State
 
 STAGE_FIELDS = ("model_family", "use_lora_gen", "lora_rank", "layout", "sample_num_steps", "shift")
+BATCH_FIELDS = ("batch_size", "gradient_accumulation_steps")
 INIT_FIELDS = ("generator_init", "xl_ode_pretrain_path")  # frozen under a LoRA, so not in its checkpoints
 EXPORTS: dict[Role, str] = {"generator": "lora_gen", "guidance": "lora_gui"}
 
 
 def save(run: Run) -> None:
-    """Write the checkpoint of this step on the main process and prune old ones."""
-    engine, step = run.engine, run.state.clock.step
-    if engine.is_main:
-        run.folder.save(step, checkpoint_parts(run), checkpoint_record(run))
-        run.folder.prune(run.settings.run.checkpoints_total_limit or None)
-    engine.barrier()
+    """Take a copy of the state, and have the main process write it beside the loop and prune old checkpoints.
+
+    Raises the error of the save before, if it failed.
+    """
+    run.saver.wait()  # one copy at a time
+    parts, record = checkpoint_parts(run), checkpoint_record(run)
+    step, keep = run.state.clock.step, run.settings.run.checkpoints_total_limit or None
+
+    def write() -> None:
+        run.folder.save(step, parts, record)
+        run.folder.prune(keep)
+
+    if run.engine.is_main:
+        run.saver.start(write)
     run.saved_at = time.monotonic()
 
 
 def checkpoint_parts(run: Run) -> dict[str, Part]:
+    """What is saved, in memory that training does not touch; empty but for the main process.  All processes call it."""
+    states = {role: run.engine.role_state(role) for role in run.method.trains}
     parts = {}
     specs = build.adapter_specs(run.settings.run)
-    for role in run.method.trains:
-        named = run.networks.named_parameters(role)
-        tensors, values = optimizer_part(run.engine.optimizers[role], named)
-        model = {key: p.detach() for key, p in named.items()}
-        scaler = run.engine.scaler_state(role)
+    for role, state in states.items() if run.engine.is_main else ():
         parts[build.ROLE_FOLDERS[role]] = Part(
-            {"model": model, "optimizer": tensors}, {"optimizer": values, "scaler": scaler}
+            {"model": state.model, "optimizer": state.optimizer}, {"optimizer": state.values, "scaler": state.scaler}
         )
         if run.networks.routes[role][1] is not None:
-            weights, config = export_adapter(run.networks, role, specs[role])
+            weights, config = export_adapter(run.networks, role, specs[role], state.model)
             parts[EXPORTS[role]] = Part({"adapter_model": weights}, {"adapter_config": config})
     return parts
 
@@ -58,6 +63,8 @@ def checkpoint_record(run: Run) -> dict[str, Any]:
         "first_step": state.first_step,
         "skipped_by_role": state.skipped_in_a_row,
         "world_size": run.engine.world,
+        "global_batch": run.feed.global_batch,
+        "backend": run.engine.backend_name,
         "settings": run.settings.as_dict(),
         "grid": run.networks.family.path.grid(run.settings.run.sample_num_steps).tolist(),
         "code_version": __version__,
@@ -87,7 +94,7 @@ def find_checkpoint(cfg: Config, folder: RunFolder) -> Path | None:
     return path
 
 
-def check_resumable(settings: Settings, path: Path, folder: RunFolder, world: int) -> tuple[dict[str, Any], list[str]]:
+def check_resumable(settings: Settings, path: Path, folder: RunFolder) -> tuple[dict[str, Any], list[str]]:
     """(record, lines about settings that differ).  Raises UserError where they must not; reads no weights."""
     _, record = run_of(path).load(path, [])
     now, then = settings.as_dict(), dict(record["settings"])
@@ -107,11 +114,7 @@ def check_resumable(settings: Settings, path: Path, folder: RunFolder, world: in
             fatal.append("max_train_steps")  # the rates depend on it
         fix = "set them back, or start a new --exp-name from this checkpoint"
         told = {name: line for name, line in told.items() if fields[name].metadata["resume"] != "free" or name in fatal}
-        if record["world_size"] != world:
-            raise UserError(
-                f"--resume-ckpt {path}: made by {record['world_size']} processes, this launch has {world}",
-                "launch as many, or start a new --exp-name from this checkpoint",
-            )
+        fatal = [name for name in fatal if name not in BATCH_FIELDS]  # checked as a whole: global_batch_kept
     else:
         fatal = [name for name in changed if name in (*STAGE_FIELDS, *_frozen_fields(settings.run))]
         fix = "these must match"
@@ -123,6 +126,33 @@ def check_resumable(settings: Settings, path: Path, folder: RunFolder, world: in
             f"set it above {record['step']}: steps are counted through the stages",
         )
     return record, list(told.values())
+
+
+def kept_batch(cfg: Config, record: dict[str, Any], world: int) -> tuple[int, int]:
+    """(rows a process and micro-batch, micro-batches) with which this many processes go on with a run's global batch.
+
+    No process gets larger micro-batches than the flags say: it accumulates more of them instead.  Raises UserError.
+    """
+    rows, then = record["global_batch"], record["settings"]
+    if cfg.batch_size * cfg.gradient_accumulation_steps * world == rows:
+        return cfg.batch_size, cfg.gradient_accumulation_steps
+    if changed := [name for name in BATCH_FIELDS if getattr(cfg, name) != then[name]]:
+        flags = ", ".join("--" + name.replace("_", "-") for name in changed)
+        raise UserError(
+            f"{flags}: {world} processes would make batches of {cfg.batch_size * cfg.gradient_accumulation_steps * world}"
+            f" rows, this run's have {rows}",
+            "set them back, or start a new --exp-name from this checkpoint",
+        )
+    if rows % world:
+        counts = [n for n in range(1, rows + 1) if rows % n == 0]
+        nearest = [n for n in counts if n < world][-1:] + [n for n in counts if n > world][:1]
+        raise UserError(
+            f"this run's global batch of {rows} rows does not divide among {world} processes",
+            f"launch {' or '.join(map(str, nearest))}, the nearest that divide it",
+        )
+    own = rows // world
+    micro = max(n for n in range(1, own + 1) if own % n == 0 and n <= cfg.batch_size)
+    return micro, own // micro
 
 
 def owns(folder: RunFolder, path: Path) -> bool:
@@ -143,20 +173,18 @@ def restore(run: Run, path: Path) -> None:
     continues = owns(run.folder, path)
     parts, record = run_of(path).load(path, [build.ROLE_FOLDERS[role] for role in run.method.trains])
     for role in run.method.trains:
-        part, named = parts[build.ROLE_FOLDERS[role]], run.networks.named_parameters(role)
-        load_parameters(named, part.tensors["model"], path)
-        load_optimizer(run.engine.optimizers[role], named, part.tensors["optimizer"], part.values["optimizer"])
-        run.engine.load_scaler_state(role, part.values["scaler"])
+        part = parts[build.ROLE_FOLDERS[role]]
+        saved = RoleState(
+            dict(part.tensors["model"]),
+            dict(part.tensors["optimizer"]),
+            part.values["optimizer"],
+            part.values["scaler"],
+        )
+        if not run.engine.fits(role, saved):
+            raise UserError(
+                f"--resume-ckpt {path}: its weights are of another model or rank", "use the same model and ranks"
+            )
+        run.engine.load_role(role, saved)
     skipped = dict(record["skipped_by_role"]) if continues else {}
     first_step = record["first_step"] if continues else record["step"]
     run.state = State(Clock(record["tick"], record["step"]), record["samples_seen"], first_step, skipped)
-
-
-def load_parameters(named: dict[str, torch.nn.Parameter], saved: Any, path: Path) -> None:
-    if named.keys() != saved.keys() or any(named[key].shape != saved[key].shape for key in named):
-        raise UserError(
-            f"--resume-ckpt {path}: its weights are of another model or rank", "use the same model and ranks"
-        )
-    with torch.no_grad():
-        for key, parameter in named.items():
-            parameter.copy_(saved[key])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from types import FrameType
 
@@ -62,6 +64,32 @@ class StopRequest:
             self.asked, self._asked_at = True, now
 
 
+class Saver:
+    """Writes one checkpoint at a time beside the loop; an error comes back with ``wait``."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="saver")
+        self._pending: Future[None] | None = None
+
+    def start(self, write: Callable[[], None]) -> None:
+        self.wait()
+        self._pending = self._thread.submit(write)
+
+    @property
+    def failed(self) -> bool:
+        return self._pending is not None and self._pending.done() and self._pending.exception() is not None
+
+    def wait(self) -> None:
+        """Until everything is on the disk.  Raises the error of a write that failed, once."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """Let a write that is under way end, since the run's lock is about to be given back."""
+        self._thread.shutdown()
+
+
 @dataclass
 class Run:
     """Everything the loop touches."""
@@ -76,4 +104,5 @@ class Run:
     sheet: SampleSheet
     state: State
     stop: StopRequest
+    saver: Saver = field(default_factory=Saver)
     saved_at: float = field(default_factory=time.monotonic)

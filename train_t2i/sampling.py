@@ -34,14 +34,23 @@ def few_step(x0_at: X0At, path: Path, grid: Tensor, noise: Tensor, renoise: Call
 
 
 def simulate_to(
-    x0_at: X0At, path: Path, grid: Tensor, noise: Tensor, renoise: Callable[[int], Tensor], level: Tensor
+    x0_at: X0At,
+    path: Path,
+    grid: Tensor,
+    noise: Tensor,
+    renoise: Callable[[int], Tensor],
+    level: Tensor,
+    *,
+    whole: bool = False,
 ) -> Tensor:
     """Backward simulation (DMD2 section 4.4): run the student as at inference; (B, C, H, W) fp32.
 
     Row b is the clean estimate that the student made at its own grid time ``level[b]`` (B,) int64.  The run stops at the
-    largest level drawn: max(level) + 1 network calls.
+    largest level drawn: max(level) + 1 network calls; ``whole`` makes all, whatever was drawn.
     """
-    last = int(level.max())  # read once, before the levels move: a comparison on the device would wait for it
+    last = (
+        len(grid) - 2 if whole else int(level.max())
+    )  # read once, before the levels move: a comparison on the device would wait for it
     level = level.to(noise.device)
     kept = torch.empty_like(noise, dtype=torch.float32)
     x = noise

@@ -47,6 +47,7 @@ class SampleSheet:
     num_steps: int = 0
     cfg: float = 1.0
     negative: str = ""
+    writes: bool = True  # where calls need all processes, the others draw along
     _teacher: Tensor | None = field(default=None, repr=False)
 
     @staticmethod
@@ -64,13 +65,14 @@ class SampleSheet:
         engine: Engine,
     ) -> SampleSheet:
         cfg = settings.run
-        if not engine.is_main or not cfg.sample_steps:
+        if not cfg.sample_steps or not (engine.is_main or engine.calls_need_all):
             return SampleSheet()
         shape = method.setting.latent_shape  # type: ignore[attr-defined]
         negative = getattr(settings.method, "negative_prompt", "")
         return SampleSheet(
-            method, networks, root / "samples", log, prompts, shape, cfg.teacher_num_steps, cfg.teacher_cfg, negative
-        )
+            method, networks, root / "samples", log, prompts, shape, cfg.teacher_num_steps, cfg.teacher_cfg, negative,
+            engine.is_main,
+        )  # fmt: skip
 
     @torch.no_grad()
     def draw(self, step: int) -> None:
@@ -86,7 +88,8 @@ class SampleSheet:
             if self._teacher is None:
                 self._teacher = self._teacher_images(cond, noise)
             rows.append(self._teacher)
-        self._write(rows, step)
+        if self.writes:
+            self._write(rows, step)
 
     def _teacher_images(self, cond: Cond, noise: Tensor) -> Tensor:
         networks = self.networks

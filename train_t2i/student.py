@@ -64,6 +64,11 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def place_on(device: torch.device) -> Callable[[torch.nn.Module, tuple[str, ...]], object]:
+    """Networks of one process: whole, on its device."""
+    return lambda net, blocks: net.to(device)
+
+
 def find_record(run: str, step: str) -> Path:
     """The checkpoint of a run folder (or a step-N.pt itself): ``step`` is a number or ``latest``."""
     path = Path(run)
@@ -121,7 +126,7 @@ def load_student(
     family = build.build_family(settings.run, dtype).to(device)
     generator: tuple[Role, ...] = ("generator",)
     networks = build.assemble(
-        settings, family, uses=generator, trains=generator, dtype=dtype, device=device, autocast=autocast
+        settings, family, uses=generator, trains=generator, dtype=dtype, place=place_on(device), autocast=autocast
     )
     load_saved(networks, parts[build.ROLE_FOLDERS["generator"]].tensors["model"], path, settings.run.pretrained_model)
     method = build.build_method(settings, networks, device, ())
@@ -157,7 +162,7 @@ def load_teacher(run: Config, num_steps: int, cfg: float, *, device: torch.devic
     settings = Settings(dataclasses.replace(run, method="ode", gradient_checkpointing=False), ODEConfig())
     family = build.build_family(settings.run, dtype).to(device)
     networks = build.assemble(
-        settings, family, uses=("teacher",), trains=(), dtype=dtype, device=device, autocast=autocast
+        settings, family, uses=("teacher",), trains=(), dtype=dtype, place=place_on(device), autocast=autocast
     )
 
     def sample(cond: Cond, noise: Tensor, renoise: Callable[[int], Tensor]) -> Tensor:

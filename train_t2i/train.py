@@ -13,13 +13,13 @@ from typing import Any
 
 from train_t2i import __version__, build, cli, log
 from train_t2i.checkpoint import RunFolder
-from train_t2i.config import DMDRConfig, Settings
+from train_t2i.config import Config, DMDRConfig, Settings
 from train_t2i.engine import AdamSettings, Engine
 from train_t2i.errors import EXIT_DISK, EXIT_DONE, EXIT_NON_FINITE, EXIT_PREEMPTED, UserError
 from train_t2i.feed import Feed, Pairs, dataset_for
 from train_t2i.methods import METHODS
-from train_t2i.networks import Role
-from train_t2i.resume import check_resumable, find_checkpoint, owns, restore, save
+from train_t2i.networks import Networks, Role
+from train_t2i.resume import check_resumable, find_checkpoint, kept_batch, owns, restore, save
 from train_t2i.run import Run, State, StopRequest
 from train_t2i.sheet import SampleSheet, sheet_prompts
 from train_t2i.storage import FULL
@@ -55,9 +55,10 @@ def loop(run: Run) -> int:
             rate = learning_rate(run.settings, role, state.clock.step, state.first_step)
             engine.set_lr(role, rate)
             with run.networks.updating(role):
-                for rollout in rollouts:
-                    for loss, metrics in method.losses(role, rollout, state.clock):
-                        engine.backward(role, loss / len(rollouts))
+                for i, rollout in enumerate(rollouts):
+                    for j, (loss, metrics) in enumerate(method.losses(role, rollout, state.clock)):
+                        last = i == len(rollouts) - 1 and j == method.parts - 1
+                        engine.backward(role, loss / len(rollouts), last=last)
                         run.log.add(role, metrics)
             report = engine.step(role)
             count_skipped(run, role, report.skipped)
@@ -73,14 +74,19 @@ def loop(run: Run) -> int:
 def after_step(run: Run) -> bool:
     """Sample and save what is due at a step boundary; True if the run was asked to stop (and has saved)."""
     cfg, step = run.settings.run, run.state.clock.step
-    stopping = run.engine.any_process(run.stop.asked)
+    minutes = (time.monotonic() - run.saved_at) / 60
+    due = cfg.checkpoint_minutes > 0 and minutes >= cfg.checkpoint_minutes
+    stopping, on_time, failed = run.engine.any_process(run.stop.asked, due, run.saver.failed)
+    if failed:
+        run.saver.wait()  # raises where it failed
+        raise UserError("the main process could not save", "see its message", EXIT_DISK)
     last = step >= cfg.max_train_steps
     if cfg.sample_steps and (step % cfg.sample_steps == 0 or last):
         run.sheet.draw(step)
-    minutes = (time.monotonic() - run.saved_at) / 60
-    on_time = run.engine.any_process(cfg.checkpoint_minutes > 0 and minutes >= cfg.checkpoint_minutes)
     if stopping or last or on_time or (cfg.checkpoint_steps and step % cfg.checkpoint_steps == 0):
         save(run)
+    if stopping or last:
+        run.saver.wait()
     if stopping and not last:
         run.log.say(f"stopped by a signal after step {step}; saved; go on with --auto-resume")
     return stopping and not last
@@ -94,6 +100,7 @@ def count_skipped(run: Run, role: Role, skipped: bool) -> None:
         return
     run.log.say(f"tick {state.clock.tick}: non-finite loss or gradient, {role} update skipped ({count} in a row)")
     if count >= limit:
+        run.saver.wait()
         good = run.folder.latest()
         raise UserError(
             f"{limit} non-finite {role} updates in a row, stopped at step {state.clock.step}",
@@ -109,7 +116,7 @@ def prepare(settings: Settings, folder: RunFolder, engine: Engine, stop: StopReq
     """Cheap checks first, then models, then the checkpoint."""
     cfg, kind = settings.run, METHODS[settings.run.method]
     resume_from = find_checkpoint(cfg, folder)
-    record, told = check_resumable(settings, resume_from, folder, engine.world) if resume_from else (START, [])
+    record, told = check_resumable(settings, resume_from, folder) if resume_from else (START, [])
     if not engine.same_everywhere(json.dumps([record["step"], record["manifest"]], sort_keys=True)):
         raise UserError(
             f"the processes do not find the same checkpoint in {folder.root}",
@@ -126,15 +133,20 @@ def prepare(settings: Settings, folder: RunFolder, engine: Engine, stop: StopReq
     if isinstance(data, Pairs):
         data.check_shape(shape)
     networks = build.assemble(
-        settings, family, uses=kind.uses, trains=kind.trains, dtype=engine.dtype, device=engine.device,
+        settings, family, uses=kind.uses, trains=kind.trains, dtype=engine.dtype, place=engine.place,
         autocast=engine.autocast,
     )  # fmt: skip
     terms = build.build_rewards(settings.method, engine.dtype, engine.device, cfg.gradient_checkpointing)
-    method = build.build_method(settings, networks, engine.device, terms)
+    method = build.build_method(settings, networks, engine.device, terms, calls_need_all=engine.calls_need_all)
+    found.append(trained_parameters(networks))  # counted before they are shared out
     for role in kind.trains:
-        engine.prepare(role, networks.parameters(role), adam_settings(settings, role))
+        networks.prepare(role, engine.prepare, adam_settings(settings, role))
     workers = settings.method.num_workers if kind.data == "images" else 0
-    feed = Feed(data, cfg.seed, cfg.batch_size, cfg.gradient_accumulation_steps, engine.rank, engine.world, workers)
+    batch = cfg.batch_size, cfg.gradient_accumulation_steps
+    if resume_from and owns(folder, resume_from):
+        batch = kept_batch(cfg, record, engine.world)
+        told += told_of_batch(cfg, record, engine, batch)
+    feed = Feed(data, cfg.seed, *batch, engine.rank, engine.world, workers)
     quiet_log = log.RunLog(folder.root, method.columns, is_main=False)
     run = Run(settings, folder, engine, networks, method, feed, quiet_log, SampleSheet.none(), State(), stop)
     if resume_from:
@@ -157,6 +169,21 @@ def check_trains(settings: Settings, first_step: int) -> None:
             f"--dmd-weight 0: nothing to train at step {first_step}, rewards begin at {method.cold_start_iter}",
             f"set --cold-start-iter {first_step}",
         )
+
+
+def trained_parameters(networks: Networks) -> str:
+    counts = {role: sum(p.numel() for p in networks.parameters(role)) for role in networks.trains}
+    return "trained parameters: " + ", ".join(f"{role} {count / 1e6:.2f} M" for role, count in counts.items())
+
+
+def told_of_batch(cfg: Config, record: dict[str, Any], engine: Engine, batch: tuple[int, int]) -> list[str]:
+    if engine.world == record["world_size"]:
+        return []
+    rows, micro = batch
+    return [
+        f"made by {record['world_size']} processes, now {engine.world}: the global batch of {record['global_batch']} "
+        f"is kept as {micro} micro-batches of {rows} rows a process"
+    ]
 
 
 def advice(settings: Settings, resume_from: Path | None) -> list[str]:
@@ -206,9 +233,8 @@ def announce(run: Run, resume_from: Path | None, lines: Sequence[str]) -> None:
     if run.engine.is_main:
         text = json.dumps(public_settings(run.settings), indent=1, ensure_ascii=False)
         (root / "args.json").write_text(text + "\n", encoding="utf-8")
-    counts = {role: sum(p.numel() for p in networks.parameters(role)) for role in run.method.trains}
-    told = ", ".join(f"{role} {count / 1e6:.2f} M" for role, count in counts.items())
-    run.log.say(f"{run.settings.run.method}, layout {networks.layout}, trained parameters: {told}")
+    shared = f", {run.engine.world} processes, {run.engine.backend_name}" if run.engine.world > 1 else ""
+    run.log.say(f"{run.settings.run.method}, layout {networks.layout}{shared}")
     grid = networks.family.path.grid(run.settings.run.sample_num_steps)
     run.log.say(f"student's times: {', '.join(f'{t:.3f}' for t in grid[:-1].tolist())}; {len(run.feed.dataset)} rows")
     for line in lines:
@@ -226,7 +252,7 @@ def main(arguments: Sequence[str]) -> int:
     settings = build.resolved(cli.parse(arguments))
     folder = RunFolder(Path(settings.run.output_dir) / settings.run.exp_name)
     with StopRequest() as stop:
-        engine = Engine(settings.run.mixed_precision, settings.run.max_grad_norm)
+        engine = Engine(settings.run.mixed_precision, settings.run.max_grad_norm, settings.run.backend)
         with folder.lock() if engine.is_main else contextlib.nullcontext():
             return train(settings, folder, engine, stop)
 
@@ -255,8 +281,11 @@ def prepare_and_loop(settings: Settings, folder: RunFolder, engine: Engine, stop
     try:
         run = prepare(settings, folder, engine, stop)
         try:
-            return loop(run)
+            code = loop(run)
+            run.saver.wait()
+            return code
         finally:
+            run.saver.close()
             run.log.close()
     except OSError as error:
         if error.errno not in FULL:

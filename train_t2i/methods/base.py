@@ -69,6 +69,7 @@ class Setting:
     seed: int
     device: torch.device
     rewards: tuple[RewardTerm, ...] = ()
+    calls_need_all: bool = False  # sharded networks: every process makes the same network calls, whatever its rows drew
 
     def draw(self, clock: Clock, indices: Sequence[int]) -> Draw:
         return Draw(self.seed, clock.tick, indices, self.device)

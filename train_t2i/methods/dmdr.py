@@ -84,6 +84,7 @@ class DMDR:
             noise,
             lambda i: draw.normal(f"simulation/{i}", setting.latent_shape),
             level,
+            whole=setting.calls_need_all,
         )
         t = setting.grid.to(setting.device)[level.to(setting.device)]
         fresh = draw.normal("student_input", setting.latent_shape)

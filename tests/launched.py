@@ -1,0 +1,157 @@
+"""Several processes on the CPU (gloo, by torchrun): one launch, several runs of ``train`` in it.
+
+Run as a program this file is what each of the processes executes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run of the launch, and what is done to it (FAULTS)."""
+
+    name: str
+    arguments: list[str]
+    fault: str = "none"
+
+
+def launch(root: Path, processes: int, plans: list[Plan]) -> list[dict[str, Any]]:
+    """What each process reports: exit codes by name of the run, files written, world and communication backend."""
+    file = root / "plan.json"
+    file.write_text(json.dumps({"root": str(root), "runs": [[p.name, p.arguments, p.fault] for p in plans]}))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    repository = str(Path(__file__).parents[1])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": repository}
+    done = subprocess.run(
+        [*command, __file__, str(file)], env=environment, capture_output=True, text=True, timeout=1800, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads(Path(f"{file}.{rank}").read_text()) for rank in range(processes)]
+
+
+# -- what each process does ------------------------------------------------------------------------------------------
+
+
+def watch_writes(root: str, found: list[str]) -> None:
+    """Keep everything that this process makes, opens for writing, moves or removes below ``root``."""
+
+    def hook(event: str, arguments: tuple) -> None:
+        if event == "open":
+            path, _, flags = arguments
+            writes = isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+            if writes and isinstance(path, str | os.PathLike) and str(path).startswith(root):
+                found.append(f"open {path}")
+        elif event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir") and str(arguments[0]).startswith(root):
+            found.append(f"{event} {arguments[0]}")
+
+    sys.addaudithook(hook)
+
+
+@contextmanager
+def _not_finite(rank: int) -> Iterator[None]:
+    """The loss of process 1 is not a number in its first update."""
+    from train_t2i import losses
+
+    updates, dmd = iter(range(100)), losses.dmd
+
+    def loss(*arguments: Any) -> Any:
+        bad = (rank, next(updates)) == (1, 0)
+        return dmd(*arguments) * (float("nan") if bad else 1.0)
+
+    with mock.patch.object(losses, "dmd", loss):
+        yield
+
+
+@contextmanager
+def _signal(rank: int) -> Iterator[None]:
+    """SIGTERM to process 1 alone, in the middle of a step."""
+    from train_t2i.log import RunLog
+
+    flush: Callable[..., None] = RunLog.flush
+
+    def interrupted(self: RunLog, tick: int, *rest: Any) -> None:
+        flush(self, tick, *rest)
+        if rank == 1 and tick == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with mock.patch.object(RunLog, "flush", interrupted):
+        yield
+
+
+@contextmanager
+def _no_common_disk(rank: int) -> Iterator[None]:
+    """Process 1 does not see the run's checkpoints."""
+    from train_t2i import train
+
+    if rank != 1:
+        yield
+        return
+    with mock.patch.object(train, "find_checkpoint", return_value=None):
+        yield
+
+
+@contextmanager
+def _saved_again(rank: int) -> Iterator[None]:
+    """Nothing is trained: what was loaded is saved once more, beside the run, as NAME-again."""
+    from train_t2i import resume, train
+    from train_t2i.checkpoint import RunFolder
+
+    def loop(run: Any) -> int:
+        run.folder = RunFolder(run.folder.root.with_name(f"{run.folder.root.name}-again"))
+        resume.save(run)
+        return 0
+
+    with mock.patch.object(train, "loop", loop):
+        yield
+
+
+@contextmanager
+def _none(rank: int) -> Iterator[None]:
+    yield
+
+
+FAULTS = {
+    "none": _none,
+    "not_finite": _not_finite,
+    "signal": _signal,
+    "no_common_disk": _no_common_disk,
+    "saved_again": _saved_again,
+}
+
+
+def child(plan_file: str) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    from train_t2i.__main__ import main
+    from train_t2i.engine import Engine, PartialState
+
+    plan: dict[str, Any] = json.loads(Path(plan_file).read_text())
+    rank, written, codes = int(os.environ["RANK"]), [], {}
+    Engine.close = lambda self: None  # type: ignore[method-assign]  # the processes stay together for the next run
+    if rank == 1:
+        watch_writes(plan["root"], written)
+    for name, arguments, fault in plan["runs"]:
+        with FAULTS[fault](rank):
+            codes[name] = main(arguments)
+        PartialState().wait_for_everyone()  # the next run may read what the first process wrote
+    state = PartialState()
+    result = {"codes": codes, "written": written, "world": state.num_processes, "backend": state.backend}
+    Path(f"{plan_file}.{rank}").write_text(json.dumps(result))
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    child(sys.argv[1])

@@ -1,0 +1,191 @@
+"""Every backend against one process with the same global batch: losses, weights, optimizer states, resume, exports.
+
+fp32.  Adam's epsilon is large enough to carry rounding as it is, instead of turning the sign of a gradient of rounding
+errors into a whole step; what is apart is measured against how far the run has moved.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from launched import Plan, launch
+from safetensors.torch import load_file
+from test_distributed import close_logs
+from tiny_runs import stopped_at
+from trainer import Trainer, flags_of
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
+
+BACKENDS = {"ddp": 4, "fsdp2": 2, "zero2": 2, "zero3": 2}  # and how many processes
+APART = 2e-3  # of the largest movement
+ROWS = 4
+COMMON = "--max-train-steps 2 --checkpoint-steps 1 --adam-epsilon 1e-2 --sample-steps 2 --lr-warmup-steps 2 --max-grad-norm 0.05"
+CASES = {
+    # name: (method, flags, micro-batches of several processes)
+    "shared": ("dmdr", "--use-lora-gen --sample-num-steps 2 --cold-start-iter 1 {rewards} --gradient-checkpointing", 1),
+    "paired": ("dmdr", "--sample-num-steps 2", 2),
+    "paired_lora": ("dmdr", "--use-lora-gen --layout paired_lora", 1),
+    "separate": ("dmdr", "--layout separate --lora-rank 32 --gradient-checkpointing", 1),
+    "eight_bit": ("sft", "--use-8bit-adam", 1),
+}
+
+
+class World:
+    """The runs of one backend in a launch, and the same runs in this process."""
+
+    def __init__(self, root: Path, backend: str, flags: dict[str, str], towers: dict[str, Path]) -> None:
+        self.root, self.backend, self.processes = root, backend, BACKENDS[backend]
+        self.trainer = Trainer(root, flags, lambda: ("", ""))
+        self.rewards = f"--clip-reward-model {towers['clip']} --reward-margin 2"
+
+    def arguments(self, case: str, name: str, processes: int, more: str = "") -> list[str]:
+        method, flags, micro = CASES[case]
+        micro = micro if processes * micro <= ROWS and processes > 1 else 1
+        batch = f"--batch-size {ROWS // (processes * micro)} --gradient-accumulation-steps {micro}"
+        backend = f"--backend {self.backend}" if processes > 1 else ""
+        flags = f"{COMMON} {flags.format(rewards=self.rewards)} {batch} {backend} {more}"
+        return self.trainer.arguments(name, flags, method)
+
+    def alone(self, case: str) -> Path:
+        """The run in this one process, made once."""
+        from train_t2i.__main__ import main
+
+        name = f"{case}-alone"
+        if not (self.root / name).exists():
+            assert main(self.arguments(case, name, 1)) == 0
+        return self.root / name
+
+    def plans(self) -> list[Plan]:
+        """Every case; one stopped and gone on with; one that one process began; a checkpoint of one process saved again."""
+        plans = [Plan(case, self.arguments(case, case, self.processes)) for case in CASES]
+        for case in ("shared", "eight_bit"):
+            name = f"{case}-resumed"
+            plans.append(Plan(f"{name}-1", self.arguments(case, name, self.processes, "--max-train-steps 1")))
+            plans.append(Plan(name, self.arguments(case, name, self.processes, "--auto-resume")))
+        for case in ("shared", "eight_bit"):
+            moved = stopped_at(self.alone(case), 1, f"{case}-moved")
+            plans.append(Plan(moved.name, [*self.arguments(case, moved.name, 1), *self.moved_flags()]))
+        copy = stopped_at(self.alone("paired"), 1, "loaded")
+        plans.append(Plan(copy.name, [*self.arguments("paired", copy.name, 1), *self.moved_flags()], "saved_again"))
+        plans.append(Plan("skips", self.arguments("paired", "skips", self.processes), "not_finite"))
+        return plans
+
+    def moved_flags(self) -> list[str]:
+        return ["--auto-resume", "--backend", self.backend]
+
+
+@pytest.fixture(scope="module", params=BACKENDS)
+def world(request, tmp_path_factory, sdxl_folder, tiny_vae_folder, prompts_file, images_table, towers):
+    if request.param.startswith("zero"):
+        pytest.importorskip("deepspeed")
+    pytest.importorskip("bitsandbytes")
+    root = tmp_path_factory.mktemp(request.param)
+    flags = flags_of(root, sdxl_folder, tiny_vae_folder, prompts_file, images_table, root)
+    made = World(root, request.param, flags, towers)
+    plans = made.plans()
+    reports = launch(root, made.processes, plans)
+    assert [report["codes"] for report in reports] == [{plan.name: 0 for plan in plans}] * made.processes
+    return made
+
+
+def assert_close(run: Path, other: Path, step: int = 2, bound: float = APART) -> None:
+    """Weights and optimizer states of two runs, by how far ``other`` moved in its last step."""
+    files, expected = dict(tiny.checkpoint_files(run, step)), dict(tiny.checkpoint_files(other, step))
+    before = dict(tiny.checkpoint_files(other, step - 1))
+    assert files.keys() == expected.keys()
+    for name, tensors in expected.items():
+        if name.endswith(".json"):
+            assert files[name] == tensors
+            continue
+        assert files[name].keys() == tensors.keys()
+        moved = max(float((tensors[key] - before[name][key]).abs().max()) for key in tensors)
+        apart = max(float((tensors[key] - files[name][key]).abs().max()) for key in tensors)
+        assert moved > 0
+        assert apart < bound * moved, name
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case != "eight_bit"])
+def test_it_trains_as_one_process_does(world, case):
+    assert_close(world.root / case, world.alone(case))
+    for role in ("generator", "guidance"):
+        close_logs(tiny.log_lines(world.root / case, role), tiny.log_lines(world.alone(case), role))
+
+
+def test_the_clip_and_the_warm_up_act(world):
+    lines = tiny.log_lines(world.root / "paired")
+    assert all(line["grad_norm"] > 0.05 for line in lines)
+    assert [line["lr"] for line in lines] == [5e-4, 1e-3]
+
+
+def test_an_eight_bit_optimizer_trains_as_on_one_process(world):
+    """Its blocks of 256 elements lie elsewhere in shares than in whole tensors, so that states round differently."""
+    weights = "accelerator_1/model.safetensors"
+    mine, alone = (
+        dict(tiny.checkpoint_files(run, 2))[weights] for run in (world.root / "eight_bit", world.alone("eight_bit"))
+    )
+    start = dict(tiny.checkpoint_files(world.alone("eight_bit"), 1))[weights]
+    moved = max(float((alone[key] - start[key]).abs().max()) for key in alone)
+    assert max(float((alone[key] - mine[key]).abs().max()) for key in alone) < 0.1 * moved
+    state = dict(tiny.checkpoint_files(world.root / "eight_bit", 2))["accelerator_1/optimizer.safetensors"]
+    assert torch.uint8 in {tensor.dtype for tensor in state.values()}
+
+
+@pytest.mark.parametrize("case", ["shared", "eight_bit"])
+def test_a_resumed_run_is_the_same_bit_for_bit(world, case):
+    tiny.assert_same_checkpoint(world.root / case, world.root / f"{case}-resumed", 2)
+    tiny.assert_same_logs(world.root / case, world.root / f"{case}-resumed")
+
+
+def test_a_run_of_one_process_goes_on_here(world):
+    """The global batch is kept: four rows, whatever the processes."""
+    assert_close(world.root / "shared-moved", world.alone("shared"))
+    said = (world.root / "shared-moved" / "log.txt").read_text()
+    assert f"made by 1 processes, now {world.processes}: the global batch of 4 is kept" in said
+    mine, alone = (
+        dict(tiny.checkpoint_files(run, 2)) for run in (world.root / "eight_bit-moved", world.alone("eight_bit"))
+    )
+    for key, tensor in alone["accelerator_1/model.safetensors"].items():
+        torch.testing.assert_close(mine["accelerator_1/model.safetensors"][key], tensor, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("case", ["shared", "eight_bit"])
+def test_a_run_of_here_goes_on_in_one_process(world, case):
+    from train_t2i.__main__ import main
+
+    back = stopped_at(world.root / case, 1, f"{case}-back")
+    assert main([*world.arguments(case, back.name, world.processes), "--auto-resume", "--backend", "auto"]) == 0
+    if case == "shared":
+        assert_close(back, world.alone(case))
+    else:
+        mine, alone = (dict(tiny.checkpoint_files(run, 2)) for run in (back, world.alone(case)))
+        for key, tensor in alone["accelerator_1/model.safetensors"].items():
+            torch.testing.assert_close(mine["accelerator_1/model.safetensors"][key], tensor, rtol=0, atol=2e-4)
+
+
+def test_what_is_loaded_is_what_is_saved(world):
+    """Weights, optimizer states and exports of a checkpoint of one process, through this backend and out again."""
+    tiny.assert_same_checkpoint(world.alone("paired"), world.root / "loaded-again", 1)
+
+
+def test_exports_are_peft_adapters_with_the_same_keys(world):
+    for run in (world.root / "shared", world.alone("shared")):
+        for part in ("lora_gen", "lora_gui"):
+            folder = run / "checkpoints" / part / "step-2"
+            assert json.loads((folder / "adapter_config.json").read_text())["peft_type"] == "LORA"
+    mine, alone = (
+        load_file(run / "checkpoints/lora_gen/step-2/adapter_model.safetensors")
+        for run in (world.root / "shared", world.alone("shared"))
+    )
+    assert {k: (v.shape, v.dtype) for k, v in mine.items()} == {k: (v.shape, v.dtype) for k, v in alone.items()}
+
+
+def test_one_process_that_is_not_finite_makes_all_skip(world):
+    run = world.root / "skips"
+    assert [line["skipped"] for line in tiny.log_lines(run)] == [1, 0]
+    files = [dict(tiny.checkpoint_files(run, step)) for step in (1, 2)]
+    assert not files[0]["accelerator_1/optimizer.safetensors"]  # nothing was stepped
+    assert files[1]["accelerator_1/optimizer.safetensors"]

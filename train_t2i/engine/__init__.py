@@ -1,0 +1,173 @@
+"""Everything distributed, and everything that touches an optimizer: the only importer of accelerate and deepspeed.
+
+One optimizer a trained role, on one of four backends (backends.py, zero.py).  Here is what is the same on all: precision,
+the agreement of all processes on a non-finite update, which is skipped as a whole, and collective sums.
+"""
+
+from __future__ import annotations
+
+import random
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+
+from train_t2i.engine import state
+from train_t2i.engine.adam import AdamSettings, LossScale
+from train_t2i.engine.backends import FSDP2, Backend, Replicated
+from train_t2i.engine.processes import chosen_backend, start_processes
+from train_t2i.engine.state import RoleState
+from train_t2i.engine.zero import ZeRO
+
+__all__ = ["DTYPES", "AdamSettings", "Engine", "PartialState", "RoleState", "StepReport"]
+
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What an update did: the gradient norm before clipping, and whether it was skipped as non-finite."""
+
+    grad_norm: float
+    skipped: bool
+
+
+class Engine:
+    """Device, processes, precision, and the optimizers of the trained roles."""
+
+    def __init__(self, mixed_precision: str, max_grad_norm: float, backend: str = "auto") -> None:
+        self.state = start_processes()
+        self.device = self.state.device
+        self.rank, self.world = self.state.process_index, self.state.num_processes
+        self.dtype = DTYPES[mixed_precision]
+        self.max_grad_norm = max_grad_norm
+        # one process has nothing to share: plain training is the same sums without the machinery
+        self.backend_name = chosen_backend(backend) if self.world > 1 else "ddp"
+        self.backend = self._make_backend()
+        self.scales: dict[str, LossScale] = {}
+        self._bad: dict[str, Tensor] = {}
+
+    def _make_backend(self) -> Backend:
+        if self.backend_name == "ddp":
+            return Replicated(self.device, self.world)
+        if self.backend_name == "fsdp2":
+            return FSDP2(self.device, self.world, self.dtype)
+        return ZeRO(self.device, int(self.backend_name[-1]), self.max_grad_norm)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def calls_need_all(self) -> bool:
+        """Whether all processes must take part in every call of a network: each holds only a share of its weights."""
+        return self.backend.sharded
+
+    def autocast(self) -> AbstractContextManager:
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def seed(self, seed: int, tick: int) -> None:
+        """The global generators serve only dropout inside networks; they are a function of the tick too."""
+        mixed = (seed * 1_000_003 + tick * 8_191 + self.rank) % (1 << 31)
+        random.seed(mixed)
+        np.random.seed(mixed)
+        torch.manual_seed(mixed)
+
+    # -- networks and updates ------------------------------------------------------------------------------------
+
+    def place(self, net: nn.Module, blocks: tuple[str, ...]) -> None:
+        """Put a network, whose trainable parameters are marked, on the device; shard it where the backend does."""
+        self.backend.place(net, blocks)
+
+    def prepare(self, role: str, net: nn.Module, named: dict[str, nn.Parameter], adam: AdamSettings) -> nn.Module:
+        """Make the role's optimizer; the module to call where the role builds a graph."""
+        entry = self.backend.prepare(role, net, named, adam)
+        self.scales[role] = LossScale.of(self.dtype)
+        self._bad[role] = torch.zeros((), dtype=torch.bool, device=self.device)
+        return entry
+
+    def set_lr(self, role: str, learning_rate: float) -> None:
+        for group in self.backend.optimizers[role].param_groups:
+            group["lr"] = learning_rate
+
+    def backward(self, role: str, loss: Tensor, *, last: bool = True) -> None:
+        """Accumulate gradients, ``last`` before a step; never rescales but for the fp16 loss scale."""
+        self._bad[role] |= ~torch.isfinite(loss.detach())
+        self.backend.backward(role, loss, self.scales[role].scale, last)
+
+    def step(self, role: str) -> StepReport:
+        """Average over processes, agree on finiteness, clip, step, zero."""
+        scale = self.scales[role]
+        norm = self.backend.gradient_norm(role, scale.scale)
+        bad = self._agree(self._bad[role] | ~torch.isfinite(norm))
+        self._bad[role].zero_()
+        if bad:
+            self.backend.skip(role)
+        else:
+            self.backend.update(role, norm, self.max_grad_norm)
+        scale.update(bad)
+        return StepReport(float(norm), bad)
+
+    def _agree(self, flag: Tensor) -> bool:
+        """True on all processes if it is true on one."""
+        if self.world > 1:
+            number = flag.float()
+            dist.all_reduce(number, op=dist.ReduceOp.MAX)
+            flag = number > 0
+        return bool(flag)
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------
+
+    def role_state(self, role: str) -> RoleState:
+        """The role's whole state on the main process, in memory of its own; empty elsewhere.  All processes call it."""
+        pieces = self.backend.pieces(role)
+        holders = 1 if self.backend_name == "ddp" else self.world
+        found = state.collect(pieces, self.backend.optimizers[role], self.rank, holders)
+        return replace(found, scaler=self.scales[role].state())
+
+    def fits(self, role: str, saved: RoleState) -> bool:
+        """Whether a checkpoint's weights are of this role's parameters."""
+        pieces = self.backend.pieces(role)
+        shapes = {name: tuple(tensor.shape) for name, tensor in saved.model.items()}
+        same_count = len(shapes) == len(self.backend.named[role])
+        return same_count and all(shapes.get(piece.name) == piece.shape for piece in pieces)
+
+    def load_role(self, role: str, saved: RoleState) -> None:
+        """Put a checkpoint's state in, from whatever backend and number of processes.  Raises UserError."""
+        state.distribute(saved, self.backend.pieces(role), self.backend.optimizers[role])
+        self.scales[role].load(saved.scaler)
+        self.backend.refresh(role)
+
+    # -- agreement -----------------------------------------------------------------------------------------------
+
+    def same_everywhere(self, text: str) -> bool:
+        """Whether every process has the same text."""
+        return self.world == 1 or len(set(gather_object([text]))) == 1
+
+    def any_process(self, *flags: bool) -> list[bool]:
+        """For each flag, whether it is set on any process; one vote for all."""
+        votes = torch.tensor(flags, dtype=torch.float32, device=self.device)
+        if self.world > 1:
+            dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+        return [vote > 0 for vote in votes.tolist()]
+
+    def mean(self, values: dict[str, float]) -> dict[str, float]:
+        """The mean over processes, key by key."""
+        if self.world == 1 or not values:
+            return values
+        numbers = torch.tensor(list(values.values()), dtype=torch.float64, device=self.device)
+        dist.all_reduce(numbers)
+        return dict(zip(values, (numbers / self.world).tolist(), strict=True))
+
+    def barrier(self) -> None:
+        self.state.wait_for_everyone()
+
+    def close(self) -> None:
+        self.state.destroy_process_group()
