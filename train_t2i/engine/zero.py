@@ -18,6 +18,9 @@ from train_t2i.engine.state import Piece
 from train_t2i.errors import UserError
 
 
+KEPT_WHOLE = 5_000  # elements: stage 3 leaves smaller tensors on every process, where gathering them costs more
+
+
 class ZeRO:
     sharded: bool
 
@@ -53,7 +56,7 @@ class ZeRO:
             "zero_optimization": {
                 "stage": self.stage,
                 "overlap_comm": self.device.type != "cpu",
-                "stage3_param_persistence_threshold": 0,
+                "stage3_param_persistence_threshold": KEPT_WHOLE,
             },
         }
 
@@ -97,6 +100,8 @@ class ZeRO:
             return
         for i in range(len(zero.fp16_groups)):
             zero._reassign_or_swap_out_partitioned_parameters(i)
+        if zero.persistent_parameters:  # those that are kept whole
+            zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
 
 
 def _piece_of_stage_2(zero: Any, name: str, parameter: Any) -> Piece | None:
