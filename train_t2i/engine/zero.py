@@ -98,10 +98,13 @@ class ZeRO:
         if self.stage == 2:
             zero.update_lp_params()
             return
+        whole = zero.persistent_parameters
+        if whole:  # given up first: what is whole already would not be gathered again
+            whole[0].partition(whole)
         for i in range(len(zero.fp16_groups)):
             zero._reassign_or_swap_out_partitioned_parameters(i)
-        if zero.persistent_parameters:  # those that are kept whole
-            zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+        if whole:
+            whole[0].all_gather(whole)
 
 
 def _piece_of_stage_2(zero: Any, name: str, parameter: Any) -> Piece | None:
