@@ -6,6 +6,7 @@ Each node's part runs under a supervisor that ends with the connection (supervis
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -21,16 +22,17 @@ def main(arguments: Sequence[str]) -> int:
             sys.stdout.buffer.write(os.fsencode(line))
         sys.stdout.flush()
         return EXIT_DONE
-    with watch.Signals() as signals:
+    try:
         marker = outcome.Marker(preflight.check(launch))
-        if signals.count:
-            return 128 + signals.last
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    with watch.Signals() as signals:
         members = watch.start(launch)
         watch.tell(f"{len(members)} nodes; logs in {launch.log_dir}")
         seen = watch.Watch(members, launch.save_grace_s, signals)
         seen.run()
     code = outcome.exit_code(members, seen.failed, signals.last, marker.code())
     for member in seen.failed:
-        watch.tell(f"error: {member.how} ({member.log})")
+        watch.tell(f"{member.how} (see {member.log})")
     watch.tell(f"ended with code {code}")
     return code

@@ -110,15 +110,19 @@ def ask(launch: Launch, node: Node) -> Answer:
         done = subprocess.run(
             question(launch, node), stdin=subprocess.DEVNULL, capture_output=True, check=False, timeout=ANSWER_S
         )
-        code, out, err = done.returncode, done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace")
+        code, out, err = done.returncode, done.stdout, done.stderr.decode(errors="replace")
     except subprocess.TimeoutExpired:
-        code, out, err = 1, "", f"no answer after {ANSWER_S} s"
+        code, out, err = 1, b"", f"no answer after {ANSWER_S} s"
     except OSError as error:
-        code, out, err = 255, "", f"{error.filename}: {error.strerror}"
-    marked = [line for line in out.splitlines() if line.startswith(MARK)]
-    found = json.loads(marked[-1].removeprefix(MARK)) if marked else None
+        code, out, err = 255, b"", f"{error.filename}: {error.strerror}"
     said = ([line.strip() for line in err.splitlines() if line.strip()] or [f"code {code}"])[-1]
-    return Answer(node, found, said, code == 255 and node.rank > 0, asked_at, time.time())
+    return Answer(node, answer_of(out), said, code == 255 and node.rank > 0, asked_at, time.time())
+
+
+def answer_of(out: bytes) -> dict[str, Any] | None:
+    """The probe's line among those of a talkative login."""
+    marked = [line for line in out.split(b"\n") if line.startswith(MARK.encode())]
+    return json.loads(marked[-1].removeprefix(MARK.encode())) if marked else None
 
 
 # -- judging ---------------------------------------------------------------------------------------------------------

@@ -14,7 +14,9 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
+from typing import IO
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 
@@ -47,6 +49,16 @@ def send_all(number: int) -> None:
             os.kill(pid, number)
 
 
+def forward(pipe: IO[bytes] | None) -> None:
+    """What the command says.  Once nobody listens it is dropped: a broken pipe would end the command while it saves."""
+    assert pipe is not None
+    for block in iter(lambda: os.read(pipe.fileno(), 65536), b""):
+        with contextlib.suppress(OSError):
+            rest = memoryview(block)
+            while rest:
+                rest = rest[os.write(1, rest) :]
+
+
 class Supervisor:
     def __init__(self, save_grace_s: float, stop_grace_s: float, silence_s: float) -> None:
         self.save_grace_s, self.stop_grace_s, self.silence_s = save_grace_s, stop_grace_s, silence_s
@@ -57,11 +69,13 @@ class Supervisor:
         """Start and supervise; the exit code, 128 + N for a signal.  255 is ssh's own: it becomes 1."""
         prctl(PR_SET_CHILD_SUBREAPER, 1)
         self.child = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, start_new_session=True,
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
             preexec_fn=lambda: prctl(PR_SET_PDEATHSIG, signal.SIGTERM),
         )  # fmt: skip
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, lambda *_: self.end(self.save_grace_s))
+        said = threading.Thread(target=forward, args=[self.child.stdout], daemon=True)
+        said.start()
         while self.child.poll() is None:
             self.listen()
             now = time.monotonic()
@@ -71,6 +85,7 @@ class Supervisor:
             if self.kill_at is not None and now >= self.kill_at:
                 send_all(signal.SIGKILL)
         self.sweep(asked=self.child.returncode != 0)
+        said.join(self.stop_grace_s)
         code = self.child.returncode
         return 128 - code if code < 0 else 1 if code == 255 else code
 

@@ -21,9 +21,15 @@ from train_t2i.launch.nodes import Launch, Node
 BEAT_S = 2  # how often a node hears that the master is there
 LAST_GRACE_S = 30  # after a second signal
 REPEAT_SECONDS = 0.3  # `timeout` sends one signal twice: to the process and to its group
+SETTLE_S = 2  # from the first bad end to the stop of the others: their own ends are told as well
 END_S = 5  # from the SIGKILL on a node to its connection's end; then the connection itself is killed
 LINE_BYTES = 1 << 16
-TELLING = re.compile(rb"^error:|Error\b.*:|Signal \d+ \(SIG|exitcode *: *-\d+")
+# What tells most about a failure, the best first; torch's launcher says the second of a process that was killed
+TELLING = (
+    re.compile(rb"^error: "),
+    re.compile(rb"Signal \d+ \(SIG\w+\)"),
+    re.compile(rb"^(\[rank\d+\]: *)?[\w.]*(Error|Exception): "),
+)
 SSH_LOST = 255
 SAY = threading.Lock()  # one line at a time
 
@@ -44,37 +50,47 @@ class Member:
     """A node's part: its process here (bash or ssh), its output, how it ended."""
 
     def __init__(self, node: Node, argv: list[str], log: Path) -> None:
-        self.node, self.log, self.last_error = node, log, ""
+        self.node, self.log = node, log
         self.code: int | None = None  # none: running
-        self.stopped = False  # by us
+        self.lost = self.stopped = False  # by a connection that broke; by us
+        self.reason, self._reason_rank = "", len(TELLING)
         self._out = log.open("ab")
         # a session of its own: Ctrl-C in the terminal reaches this program alone
         self._process = subprocess.Popen(
-            argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0, start_new_session=True
+            argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
         )  # fmt: skip
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._in, self._said = self._process.stdin, self._process.stdout
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
     def _read(self) -> None:
         prefix = f"[{self.node.rank} {self.node.host}] ".encode()
-        assert self._process.stdout is not None
-        with contextlib.suppress(ValueError):  # closed from the other side
-            for line in iter(lambda: self._process.stdout.readline(LINE_BYTES), b""):  # type: ignore[union-attr]
+        for line in iter(lambda: self._said.readline(LINE_BYTES), b""):
+            with contextlib.suppress(OSError):  # a full disk here; the run goes on
                 self._out.write(line)
                 self._out.flush()
-                if TELLING.search(line):
-                    self.last_error = line.decode(errors="replace").strip()
-                say(prefix + line)
+            self._note(line)
+            say(prefix + line)
+
+    def _note(self, line: bytes) -> None:
+        """Keep the first of the most telling lines."""
+        for rank, pattern in enumerate(TELLING[: self._reason_rank]):
+            if pattern.search(line):
+                self.reason, self._reason_rank = line.decode(errors="replace").strip(), rank
+                return
 
     def send(self, byte: bytes) -> None:
         with contextlib.suppress(OSError, ValueError):
-            self._process.stdin.write(byte)  # type: ignore[union-attr]
+            self._in.write(byte)
+            self._in.flush()
 
     def stop_now(self) -> None:
         """The end of its input: SIGTERM, a short grace, SIGKILL."""
         self.stopped = True
         with contextlib.suppress(OSError):
-            self._process.stdin.close()  # type: ignore[union-attr]
+            self._in.close()
 
     def kill(self) -> None:
         """The last resort: our own end of it; the node stops by itself, since it hears no more."""
@@ -85,19 +101,24 @@ class Member:
         """Its code once it has ended; 128 + N for a signal."""
         if self.code is None and (code := self._process.poll()) is not None:
             self.code = 128 - code if code < 0 else code
+            self.lost = self.node.rank > 0 and (code < 0 or code == SSH_LOST)
             self._reader.join(2)  # what it said last; a process that it left may hold the pipe open
             with contextlib.suppress(OSError):
-                self._process.stdin.close()  # type: ignore[union-attr]
+                self._in.close()
             if not self._reader.is_alive():
-                self._out.close()
+                with contextlib.suppress(OSError):
+                    self._out.close()
         return self.code
 
     @property
     def how(self) -> str:
         """In words, how it ended."""
-        lost = self.code == SSH_LOST and self.node.rank > 0
-        what = "the connection was lost" if lost else f"ended with code {self.code}"
-        return f"{self.node} {what}" + (f"; it said: {self.last_error}" if self.last_error else "")
+        what = "lost its connection" if self.lost else f"ended with code {self.code}"
+        return f"{self.node} {what}" + (f": {self.reason}" if self.reason else "")
+
+    def __lt__(self, other: Member) -> bool:
+        """By how much its end explains of the others'."""
+        return (not self.lost, self._reason_rank) < (not other.lost, other._reason_rank)
 
 
 class Signals:
@@ -144,7 +165,7 @@ def start(launch: Launch) -> list[Member]:
 
 
 class Watch:
-    """Until all nodes have ended.  ``failed``: those that ended badly before anybody asked, the first one first."""
+    """Until all nodes have ended.  ``failed``: those that ended badly before anybody asked, the most telling first."""
 
     def __init__(self, members: list[Member], save_grace_s: float, signals: Signals) -> None:
         self.members, self.save_grace_s, self.signals = members, save_grace_s, signals
@@ -167,18 +188,23 @@ class Watch:
                 step[1]()
             time.sleep(0.05)
         self.notice_failures()
+        self.failed.sort()
 
     def notice_failures(self) -> None:
         bad = [m for m in self.members if m.code and not m.stopped and m not in self.failed]
         if not bad or self.told:
             return
-        first = not self.failed
+        if not self.failed:  # the one that began it may not be the first that is seen
+            self.at(SETTLE_S, self.stop_the_others)
         self.failed += bad
-        if first and (running := [member for member in self.members if member.code is None]):
-            tell(f"{bad[0].how}; stopping the others")
-            for member in running:
-                member.stop_now()
-            self.at(command.STOP_GRACE_S + END_S, self.kill)
+
+    def stop_the_others(self) -> None:
+        running = [member for member in self.members if member.code is None]
+        self.failed.sort()
+        tell(self.failed[0].how + ("; stopping the others" if running else ""))
+        for member in running:
+            member.stop_now()
+        self.at(command.STOP_GRACE_S + END_S, self.kill)
 
     def notice_signals(self) -> None:
         if self.signals.count == self.told or self.failed:
