@@ -75,7 +75,7 @@ def run_there(shell: str, argv: list[str], cwd: Path) -> subprocess.CompletedPro
 COUNT = iter(range(10**6))
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=45, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     folder=names,
     script=names,
@@ -85,7 +85,7 @@ COUNT = iter(range(10**6))
 def test_every_value_arrives_as_it_was(
     place: Path, folder: str, script: str, flags: list[str], values: list[str]
 ) -> None:
-    """Sixty launches of about eighteen values, the shells in turn."""
+    """45 launches of about 24 values, the shells in turn."""
     number = next(COUNT)
     launch = launch_of(place, number, folder, script, flags, values)
     argv = command.argv(launch, launch.nodes[1], command.supervised(launch, 1))
