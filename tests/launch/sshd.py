@@ -5,16 +5,17 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-HOSTS = ("127.0.0.1", "127.0.0.2")  # the master reaches the second only; the first serves a third node
+HOSTS = ("127.0.0.2", "127.0.0.3")
 SSHD = "/usr/sbin/sshd"
 
 
@@ -23,7 +24,6 @@ class Servers:
     """What a launch needs to reach them."""
 
     config: Path
-    ports: dict[str, int]
 
     @property
     def options(self) -> str:
@@ -51,40 +51,59 @@ def installed(program: str, *packages: str) -> None:
             pytest.skip(f"apt-get {words[0]}: {(done.stderr.strip().splitlines() or ['failed'])[-1]}")
 
 
+def key(folder: Path, name: str) -> None:
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / name)], check=True)
+
+
+@contextlib.contextmanager
+def serve(folder: Path, host: str, port: int, before: Sequence[str] = ()) -> Iterator[Path]:
+    """An sshd on HOST:PORT for the key `client` of the folder; the client's config for it.  ``before``: words of a wrapper."""
+    installed(SSHD, "openssh-server", "openssh-client")
+    Path("/run/sshd").mkdir(exist_ok=True)
+    key(folder, host)
+    (folder / f"known-{host}").write_text(f"[{host}]:{port} {(folder / f'{host}.pub').read_text()}")
+    client = folder / f"client-{host}"
+    client.write_text(
+        f"Host {host}\n  Port {port}\n  IdentityFile {folder}/client\n  IdentitiesOnly yes\n"
+        f"  UserKnownHostsFile {folder}/known-{host}\n  StrictHostKeyChecking yes\n"
+    )
+    config = folder / f"sshd-{host}"
+    config.write_text(
+        f"ListenAddress {host}\nPort {port}\nHostKey {folder}/{host}\nUsePAM no\nStrictModes no\n"
+        f"AuthorizedKeysFile {folder}/client.pub\nPasswordAuthentication no\nPermitRootLogin prohibit-password\n"
+        "PidFile none\nLogLevel VERBOSE\n"
+    )
+    with (folder / f"sshd-{host}.log").open("wb") as log:
+        process = subprocess.Popen([*before, SSHD, "-D", "-e", "-f", str(config)], stderr=log)
+    try:
+        wait_for_port(host, port)
+        yield client
+    finally:
+        for session in sessions(process.pid):  # one whose network is cut would wait for hours
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(session, signal.SIGTERM)
+        process.terminate()
+        process.wait(timeout=10)
+
+
+def sessions(server: int) -> list[int]:
+    """The processes of an sshd that serve a connection."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if int((entry / "stat").read_text().rpartition(")")[2].split()[1]) == server:
+                found.append(int(entry.name))
+    return found
+
+
 @contextlib.contextmanager
 def servers(folder: Path) -> Iterator[Servers]:
     """One sshd a host, on a port that is free, for this user alone."""
-    installed(SSHD, "openssh-server", "openssh-client")
-    Path("/run/sshd").mkdir(exist_ok=True)
-    for key in ("client", *HOSTS):
-        words = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / key)]
-        subprocess.run(words, check=True)
-    ports = {host: free_port(host) for host in HOSTS}
-    known = [f"[{host}]:{ports[host]} {(folder / f'{host}.pub').read_text()}" for host in HOSTS]
-    (folder / "known_hosts").write_text("".join(known))
-    lines = [f"Host {host}\n  Port {ports[host]}\n" for host in HOSTS]
-    (folder / "config").write_text(
-        "".join(lines) + f"Host *\n  IdentityFile {folder}/client\n  IdentitiesOnly yes\n"
-        f"  UserKnownHostsFile {folder}/known_hosts\n  StrictHostKeyChecking yes\n"
-    )
-    processes = []
-    try:
-        for host in HOSTS:
-            config = folder / f"sshd-{host}"
-            config.write_text(
-                f"ListenAddress {host}\nPort {ports[host]}\nHostKey {folder}/{host}\nUsePAM no\nStrictModes no\n"
-                f"AuthorizedKeysFile {folder}/client.pub\nPasswordAuthentication no\nPermitRootLogin prohibit-password\n"
-                "PidFile none\nLogLevel VERBOSE\n"
-            )
-            with (folder / f"sshd-{host}.log").open("wb") as log:
-                processes.append(subprocess.Popen([SSHD, "-D", "-e", "-f", str(config)], stderr=log))
-        for host in HOSTS:
-            wait_for_port(host, ports[host])
-        yield Servers(folder / "config", ports)
-    finally:
-        for process in processes:
-            process.terminate()
-            process.wait(timeout=10)
+    key(folder, "client")
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(serve(folder, host, free_port(host))) for host in HOSTS]
+        (folder / "config").write_text("".join(client.read_text() for client in clients))
+        yield Servers(folder / "config")
 
 
 def wait_for_port(host: str, port: int) -> None:
