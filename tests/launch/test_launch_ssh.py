@@ -228,10 +228,11 @@ def trainer_of(rank: int, folder: Path) -> int:
 
 def test_a_killed_worker_and_a_stop_then_the_same_command_goes_on(training: Fake) -> None:
     run = training.folder / "runs" / "cold_start_sdxl_4step"
-    flags = [*FLAGS, "--max-train-steps", "5000", "--ratio-update", "2", "--auto-resume"]
+    flags = [*FLAGS, "--max-train-steps", "5000", "--cold-start-iter", "5000", "--ratio-update", "2", "--auto-resume"]
     flags[flags.index("--checkpoint-steps") + 1] = "1"
     launcher = training.start(*flags)
     until(lambda: launcher.poll() is not None or ticks(run) >= 4, 240)
+    assert launcher.poll() is None, training.err
     os.kill(trainer_of(1, training.root), signal.SIGKILL)
     killed = time.monotonic()
     assert ended(launcher) not in (0, 75)

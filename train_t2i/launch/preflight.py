@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from train_t2i.errors import UserError
-from train_t2i.launch import command
+from train_t2i.launch import command, probe
 from train_t2i.launch.nodes import Launch, Node
-from train_t2i.launch.probe import MARK
 
 CLOCK_S = 5  # clocks may differ by so much
 ANSWER_S = 300  # a node that says nothing for so long
@@ -69,8 +68,7 @@ def marker_of(launch: Launch, answer: Answer) -> Path | None:
     rehearsal = answer.found["rehearsal"] if answer.found else None
     if not rehearsal:
         return None
-    settings = rehearsal["settings"]
-    return Path(launch.remote_dir, settings["output_dir"], settings["exp_name"], ".exit_code")
+    return Path(launch.remote_dir) / probe.marker_of(rehearsal["settings"])
 
 
 # -- asking ----------------------------------------------------------------------------------------------------------
@@ -121,8 +119,8 @@ def ask(launch: Launch, node: Node) -> Answer:
 
 def answer_of(out: bytes) -> dict[str, Any] | None:
     """The probe's line among those of a talkative login."""
-    marked = [line for line in out.split(b"\n") if line.startswith(MARK.encode())]
-    return json.loads(marked[-1].removeprefix(MARK.encode())) if marked else None
+    marked = [line for line in out.split(b"\n") if line.startswith(probe.MARK.encode())]
+    return json.loads(marked[-1].removeprefix(probe.MARK.encode())) if marked else None
 
 
 # -- judging ---------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Runs on each node, sent there as source, before anything starts: looks, changes nothing, prints one line of JSON.
 
-    python -I -c SOURCE ACTIVATED REQUEST
+    python -I -c SOURCE ACTIVATED REQUEST        ACTIVATED: yes or no
+    python probe.py marker TRAIN_SCRIPT FLAGS    for slurm.sh
 
 Works from Python 3.6 up, since a node without its environment has only the system's.
 """
@@ -136,5 +137,21 @@ def look(request: dict) -> dict:
     return found
 
 
+def print_marker(script: str, flags: list) -> int:
+    """For slurm.sh: the file in which the trainer says how it ended; an empty line where nobody knows."""
+    found = rehearse(script, flags, {})
+    if found and found["said"]:
+        print(found["said"], file=sys.stderr)
+        return 2
+    print(marker_of(found["settings"]) if found else "")
+    return 0
+
+
+def marker_of(settings: dict) -> Path:
+    return Path(settings["output_dir"], settings["exp_name"], ".exit_code")
+
+
 if __name__ == "__main__":
+    if sys.argv[1] == "marker":
+        sys.exit(print_marker(sys.argv[2], sys.argv[3:]))
     print(MARK + json.dumps(dict(look(json.loads(sys.argv[2])), activated=sys.argv[1] == "yes")))
