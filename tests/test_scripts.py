@@ -19,7 +19,9 @@ from train_t2i import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCHERS = sorted((ROOT / "scripts" / "single_node").glob("*.sh"))
-MULTI_NODE = sorted(path for path in (ROOT / "scripts" / "multi_node").glob("*.sh") if path.stem not in ("multi", "slurm"))
+MULTI_NODE = sorted(
+    path for path in (ROOT / "scripts" / "multi_node").glob("*.sh") if path.stem not in ("multi", "slurm")
+)
 
 
 def launched(

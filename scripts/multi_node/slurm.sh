@@ -42,7 +42,8 @@ marker=""
 [[ ! -e "$probe" ]] || marker="$(python "$probe" marker "$TRAIN_SCRIPT" "$@")" # a wrong flag ends it here
 [[ -z "$marker" ]] || rm -f -- "$marker"
 
-forward() { kill -TERM "$step" 2>/dev/null || true; } # srun passes it on to every task
+# To the step, since srun itself would end it by force
+forward() { scancel --signal TERM "$SLURM_JOB_ID.0" 2>/dev/null || true; }
 trap forward TERM INT
 # a task's rank is the node's: SLURM_NODEID is known there only
 # shellcheck disable=SC2016
