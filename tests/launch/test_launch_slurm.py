@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fake_nodes import ROOT, until
+import tiny
+from fake_nodes import ROOT, Fake, until
+from plain_lines import FLAGS, TINY, plain_lines
 from slurm_cluster import Cluster, cluster
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -130,3 +132,14 @@ def test_a_wrong_flag_ends_the_job_before_anything_starts(slurm: Cluster, checko
     assert slurm.wait(job, "FAILED", "COMPLETED")["ExitCode"] == "2:0"
     assert "error: --x: unknown flag" in (checkout / f"job-{job}.log").read_text()
     assert starts(checkout) == []
+
+
+def test_training_under_slurm_is_the_run_by_hand(slurm: Cluster, fake: Fake) -> None:
+    (fake.folder / "scripts").symlink_to(ROOT / "scripts")
+    variables = TINY | {"SOURCE_DIR": str(fake.root / "activate"), "NUM_PROCESSES": "1", "VIRTUAL_ENV": sys.prefix}
+    variables["TRAIN_SCRIPT"] = "scripts/multi_node/cold_start_sdxl_4step.sh"
+    job = slurm.submit(fake.folder, SLURM, [], *FLAGS, "--max-train-steps", "2", **variables)
+    state = slurm.wait(job, "COMPLETED", "FAILED", seconds=300)["JobState"]
+    assert state == "COMPLETED", (fake.folder / f"job-{job}.log").read_text()[-3000:]
+    plain_lines(fake.folder, "by-hand", *FLAGS, "--max-train-steps", "2")
+    tiny.assert_same_checkpoint(fake.folder / "runs" / "cold_start_sdxl_4step", fake.folder / "runs" / "by-hand", 2)

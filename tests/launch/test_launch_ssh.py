@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 import pytest
 import tiny
 from fake_nodes import ROOT, Fake, alive, ended, until
+from plain_lines import FLAGS, TINY, plain_lines
 from sshd import Servers, free_port, key, serve, servers
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -155,15 +155,6 @@ def test_a_cut_network_ends_both_sides_within_30_s(world: Fake, far_node: str) -
 
 # -- training --------------------------------------------------------------------------------------------------------
 
-TINY = {
-    "TINY": "1",
-    "ACCELERATE_USE_CPU": "true",
-    "GLOO_SOCKET_IFNAME": "lo",
-    "OMP_NUM_THREADS": "1",
-    "HF_HUB_OFFLINE": "1",
-}
-FLAGS = ["--batch-size", "2", "--sample-steps", "0", "--checkpoint-steps", "0"]
-
 
 @pytest.fixture
 def training(world: Fake) -> Fake:
@@ -173,34 +164,12 @@ def training(world: Fake) -> Fake:
     return world
 
 
-def plain_lines(world: Fake, exp_name: str, *flags: str) -> None:
-    """The lines of docs/multi_node.md: the settings of a launcher as a file, then torchrun on each node."""
-    clean = {k: v for k, v in os.environ.items() if k in ("HOME", "LANG", "PATH")}
-    clean |= TINY | {"VIRTUAL_ENV": sys.prefix, "NUM_PROCESSES": "1", "PYTHONPATH": str(ROOT)}
-    script = "scripts/single_node/cold_start_sdxl_4step.sh"
-    rehearsed = subprocess.run(
-        ["bash", script, "--dry-run", *flags], cwd=world.folder, env=clean, capture_output=True, text=True, check=True
-    )
-    (world.folder / "run.yaml").write_text(rehearsed.stdout)
-    port = str(free_port())
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", str(rank), "--nproc-per-node", "1",
-             "--master-addr", "127.0.0.1", "--master-port", port, "-m", "train_t2i", "train", "--config", "run.yaml",
-             "--exp-name", exp_name],
-            cwd=world.folder, env=clean, stdout=subprocess.DEVNULL, text=True,
-        )
-        for rank in (0, 1)
-    ]  # fmt: skip
-    assert [ended(process, 300) for process in processes] == [0, 0]
-
-
 def test_cold_start_and_rewards_on_two_nodes_as_by_hand(training: Fake) -> None:
     """The launcher, and plain torchrun lines: the same weights, optimizers and logs."""
     runs = training.folder / "runs"
     assert ended(training.start(*FLAGS, "--max-train-steps", "2"), 300) == 0, training.err
     cold = runs / "cold_start_sdxl_4step"
-    plain_lines(training, "by-hand", *FLAGS, "--max-train-steps", "2")
+    plain_lines(training.folder, "by-hand", *FLAGS, "--max-train-steps", "2")
     tiny.assert_same_checkpoint(cold, runs / "by-hand", 2)
     tiny.assert_same_logs(cold, runs / "by-hand")
     record = cold / "checkpoints" / "torch_units" / "step-2.pt"
