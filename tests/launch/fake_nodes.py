@@ -25,6 +25,10 @@ assert sys.argv[-3] == "--", sys.argv
 if host == "unreachable":
     print("ssh: connect to host unreachable port 22: No route to host", file=sys.stderr)
     sys.exit(255)
+if host == "hung" and "supervisor" in command.lower():  # answers the pre-flight, and then never again
+    import signal, time
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    time.sleep(600)
 other = os.environ.get("FAKE_FOLDER_OF_" + host)
 if other:
     command = command.replace(os.environ["FAKE_MASTER_FOLDER"], other)
@@ -79,7 +83,7 @@ class Fake:
         with (self.root / "out").open("w") as out, (self.root / "err").open("w") as err:
             return subprocess.Popen(
                 ["bash", str(MULTI), *flags], cwd=self.root, env=clean | variables, stdout=out, stderr=err,
-                stdin=subprocess.DEVNULL, text=True,
+                stdin=subprocess.DEVNULL, text=True, start_new_session=True,
             )  # fmt: skip
 
     def run(self, *flags: str, **variables: str) -> int:

@@ -72,6 +72,14 @@ def test_a_node_that_ignores_the_stop_is_killed_within_30_s(fake: Fake) -> None:
     assert nobody(fake.pids(["pid-0"]))
 
 
+def test_a_connection_that_hangs_does_not_hold_the_launcher(fake: Fake) -> None:
+    fake.script("exit 3")
+    begun = time.monotonic()
+    assert fake.run(WORKER_NODES="hung") == 3
+    assert time.monotonic() - begun < 30
+    assert "node 0 (localhost) ended with code 3; stopping the others" in fake.err
+
+
 def test_a_node_that_fails_for_want_of_another_is_not_blamed(fake: Fake) -> None:
     """torch's launcher tells of a process that was killed; the other node only sees a connection close."""
     fake.script(
@@ -103,6 +111,27 @@ def test_a_signal_lets_every_node_save(fake: Fake) -> None:
     for rank in (0, 1):
         assert (fake.folder / f"saved-{rank}").exists()
         assert (fake.folder / f"asked-{rank}").read_text() == "asked\n"
+
+
+def test_ctrl_c_in_the_terminal_asks_every_node_once(fake: Fake) -> None:
+    """A terminal signals the whole foreground group: the nodes' parts are not in it."""
+    launcher, pids = waiting(fake, SAVES)
+    os.killpg(launcher.pid, signal.SIGINT)
+    assert ended(launcher) == 75, fake.err
+    assert nobody(pids)
+    for rank in (0, 1):
+        assert (fake.folder / f"saved-{rank}").exists()
+        assert (fake.folder / f"asked-{rank}").read_text() == "asked\n"
+
+
+def test_ctrl_z_does_not_put_the_launcher_to_sleep(fake: Fake) -> None:
+    """Its nodes would miss it."""
+    launcher, _ = waiting(fake, "exit 75")
+    launcher.send_signal(signal.SIGTSTP)
+    time.sleep(0.2)
+    assert Path(f"/proc/{launcher.pid}/stat").read_text().rpartition(")")[2].split()[0] != "T"
+    launcher.send_signal(signal.SIGTERM)
+    assert ended(launcher) == 75
 
 
 def test_the_time_to_save_ends(fake: Fake) -> None:
