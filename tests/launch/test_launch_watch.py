@@ -64,6 +64,7 @@ def test_a_failing_node_stops_the_others_and_is_named(fake: Fake, rank: int) -> 
     assert (fake.folder / f"asked-{1 - rank}").exists()
 
 
+@pytest.mark.slow
 def test_a_node_that_ignores_the_stop_is_killed_within_30_s(fake: Fake) -> None:
     fake.script("[ $MACHINE_RANK = 0 ] || { sleep 1; exit 3; }\n" + WAITS.format(on_term=""))
     begun = time.monotonic()
@@ -72,6 +73,7 @@ def test_a_node_that_ignores_the_stop_is_killed_within_30_s(fake: Fake) -> None:
     assert nobody(fake.pids(["pid-0"]))
 
 
+@pytest.mark.slow
 def test_a_connection_that_hangs_does_not_hold_the_launcher(fake: Fake) -> None:
     fake.script("exit 3")
     begun = time.monotonic()
