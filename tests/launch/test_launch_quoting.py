@@ -121,13 +121,24 @@ def test_the_pre_flight_finds_what_has_any_name(
     assert not [path for path in place.rglob("*") if path.name == "CANARY"]
 
 
+@pytest.mark.parametrize(("folder", "activate"), [("-P", "activate"), ("a b", "-x"), ("plain", "ls")])
+def test_a_folder_and_a_script_are_never_options_or_programs(folder: str, activate: str, tmp_path: Path) -> None:
+    """bash would look for a bare name in PATH."""
+    (tmp_path / folder).mkdir()
+    (tmp_path / folder / activate).write_text("touch activated\n")
+    launch = nodes.Launch(**{**vars(read()), "remote_dir": folder, "source_dir": activate})
+    subprocess.run(["bash", "-c", command.enter(launch)], cwd=tmp_path, check=True)
+    assert (tmp_path / folder / "activated").exists()
+
+
 @settings(max_examples=300, deadline=None)
-@given(text=words)
+@given(text=st.one_of(words, words.map(lambda word: f"host{word}"), words.map(lambda word: f"user@host{word}")))
 def test_a_host_is_a_plain_name_or_refused(text: str) -> None:
     try:
         found = nodes.nodes_of("master", [text], "")
     except UserError:
         return
+    assert text in (found[1].host, f"{found[1].user}@{found[1].host}")
     assert found[1].host.isascii()
     assert found[1].host[0].isalnum()
     assert all(c.isalnum() or c in "._:-" for c in found[1].host)
