@@ -58,10 +58,14 @@ make_tiny_data() { # EXTRA ARGUMENTS...: what the tiny column names and nobody h
   for argument in "$@"; do
     [[ ! "$argument" =~ ^(-h|--help|--dry[-_]run|--data[-_]path[-_]train) ]] || return 0
   done
-  [[ -e "$folder/prompts.txt" ]] || tiny_prompts "$folder/prompts.txt"
-  if [[ " ${ARGUMENTS[*]} " == *" --data-path-train=$folder/pairs "* && ! -e "$folder/pairs/metadata.csv" ]]; then
-    tiny_pairs "$folder/pairs" "$folder/prompts.txt" 768
-  fi
+  mkdir -p -- "$folder"
+  ( # nodes that share the folder, one at a time; the lock ends with this subshell
+    ! command -v flock >/dev/null 2>&1 || flock 9
+    [[ -e "$folder/prompts.txt" ]] || tiny_prompts "$folder/prompts.txt"
+    if [[ " ${ARGUMENTS[*]} " == *" --data-path-train=$folder/pairs "* && ! -e "$folder/pairs/metadata.csv" ]]; then
+      tiny_pairs "$folder/pairs" "$folder/prompts.txt" 768
+    fi
+  ) 9>"$folder/.tiny_data.lock"
 }
 
 launch() { # EXTRA ARGUMENTS...: starts the run in this process

@@ -44,6 +44,7 @@ ROOMS = {
         "randomness",
         *("build", "feed", "sheet", "run", "resume"),  # its own parts, which other verbs share
     },
+    "launch": set(),
     "rewards": set(),
     "shapes": set(),
 }
@@ -67,6 +68,7 @@ LIBRARIES = {
     "families": {"torch", "diffusers", "transformers", "safetensors", "open_clip", "huggingface_hub", "numpy", "PIL"},
     "engine": {"torch", "numpy", "accelerate", "deepspeed", "bitsandbytes"},
     "checkpoint": {"torch", "numpy", "safetensors", "xxhash"},
+    "launch": {"yaml"},  # of a node, once its environment is there; the master needs the standard library alone
     "rewards": {"torch", "torchvision", "open_clip", "transformers", "safetensors"},
     "shapes": {"torch", "numpy", "diffusers", "open_clip", "transformers", "tokenizers", "safetensors", "PIL", "tqdm"},
 }
@@ -75,6 +77,7 @@ HEAVY = {"torch", "torchvision", "diffusers", "transformers", "accelerate", "ope
 LIGHT = (
     "train_t2i/__init__.py",
     "train_t2i/__main__.py",
+    "train_t2i/errors.py",
     "rewards/__init__.py",
     "rewards/base.py",
     "shapes/__init__.py",
@@ -228,6 +231,8 @@ def test_no_launcher_trusts_remote_code():
         ("train_t2i/export.py", "import pickle"),
         ("rewards/clip.py", "from train_t2i.errors import UserError"),
         ("rewards/clip.py", "import diffusers"),
+        ("train_t2i/launch/watch.py", "from train_t2i.config import Config"),
+        ("train_t2i/launch/watch.py", "import torch"),
         ("shapes/pretrain.py", "from train_t2i.train import main"),
     ],
 )

@@ -19,7 +19,9 @@ from train_t2i import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCHERS = sorted((ROOT / "scripts" / "single_node").glob("*.sh"))
-MULTI_NODE = sorted(path for path in (ROOT / "scripts" / "multi_node").glob("*.sh") if path.stem != "multi")
+MULTI_NODE = sorted(
+    path for path in (ROOT / "scripts" / "multi_node").glob("*.sh") if path.stem not in ("multi", "slurm")
+)
 
 
 def launched(
@@ -213,6 +215,24 @@ def test_data_that_the_caller_names_is_not_made(tmp_path: Path) -> None:
     by_flag = arguments_of([launcher, "--data-path-train", "mine.txt"], tmp_path, data=False, TINY="1")
     by_name = arguments_of([launcher], tmp_path, data=False, TINY="1", DATA_PATH_TRAIN="mine.txt")
     assert [cli.parse(given).run.data_path_train for given in (by_flag, by_name)] == ["mine.txt", "mine.txt"]
+
+
+def test_nodes_that_share_a_folder_make_the_data_once(tmp_path: Path) -> None:
+    """The second waits for the first, and the trainer does not keep the lock."""
+    python = tmp_path / "python"
+    python.write_text(
+        '#!/usr/bin/env bash\nfor last in "$@"; do :; done\n'
+        '[[ "$*" != *shapes.scenes* ]] || { echo made >>made; sleep 1; touch "$last"; exit; }\n'
+        "echo started >>started; while [[ $(wc -l <started) != 2 ]]; do sleep 0.1; done\n"
+    )
+    python.chmod(0o755)
+    script = f'source() {{ case "$1" in */setup.sh) SETUP_ROOT="{ROOT}"; PYTHON="{python}";; *) builtin source "$@";; esac; }}; '
+    script += f"set -e; export -f source; exec bash {ROOT}/scripts/single_node/cold_start_sdxl_4step.sh"
+    clean = {"PATH": os.environ["PATH"], "TINY": "1", "NUM_PROCESSES": "1"}
+    nodes = [subprocess.Popen(["bash", "-c", script], cwd=tmp_path, env=clean) for _ in range(2)]
+    assert [node.wait(timeout=30) for node in nodes] == [0, 0]
+    assert (tmp_path / "made").read_text() == "made\n"
+    assert (tmp_path / "started").read_text() == "started\n" * 2
 
 
 @pytest.mark.slow

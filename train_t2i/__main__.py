@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from train_t2i import cli
-from train_t2i.errors import EXIT_DONE, EXIT_USER, UserError
+from train_t2i.errors import EXIT_DONE, EXIT_USER, UserError, told
 
 VERBS = {
     "train": "distil or fine-tune a model (--method dmdr, ode, sft)",
@@ -17,6 +17,7 @@ VERBS = {
     "export": "a run's generator as a diffusers pipeline",
     "report": "one HTML page and plots from runs",
     "benchmark": "seconds and memory of a step, layout by layout",
+    "launch": "one training script on several machines over SSH (scripts/multi_node/multi.sh)",
     "fetch": "download weights named in checkpoints/manifest.toml",
 }
 
@@ -32,17 +33,15 @@ def main(arguments: Sequence[str]) -> int:
         print(usage())
         return EXIT_DONE if arguments else EXIT_USER
     verb, rest = arguments[0], arguments[1:]
-    try:
-        if verb not in VERBS:
-            raise UserError(f"{verb}: unknown verb", f"one of {', '.join(VERBS)}")
-        if verb == "train" and cli.rehearse(rest):  # help, mistakes and --dry-run are answered before torch loads
-            return EXIT_DONE
-        return import_module(f"train_t2i.{verb}").main(rest)
-    except UserError as error:
-        print(f"error: {error.message}", file=sys.stderr)
-        if error.hint:
-            print(f"hint: {error.hint}", file=sys.stderr)
-        return error.exit_code
+    return told(lambda: run(verb, rest))
+
+
+def run(verb: str, arguments: Sequence[str]) -> int:
+    if verb not in VERBS:
+        raise UserError(f"{verb}: unknown verb", f"one of {', '.join(VERBS)}")
+    if verb == "train" and cli.rehearse(arguments):  # help, mistakes and --dry-run are answered before torch loads
+        return EXIT_DONE
+    return import_module(f"train_t2i.{verb}").main(arguments)
 
 
 if __name__ == "__main__":

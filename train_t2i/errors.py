@@ -1,5 +1,8 @@
 """Errors that are told to a person in one line, and the exit codes that tell them apart.  Any room may import this file."""
 
+import sys
+from collections.abc import Callable
+
 EXIT_DONE = 0
 EXIT_USER = 2  # the user's mistake, corrupt input included
 EXIT_NON_FINITE = 4
@@ -23,3 +26,14 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         return f"{self.message}" + (f" ({self.hint})" if self.hint else "")
+
+
+def told(program: Callable[[], int]) -> int:
+    """The exit code of a program; a UserError is printed."""
+    try:
+        return program()
+    except UserError as error:
+        print(f"error: {error.message}", file=sys.stderr)
+        if error.hint:
+            print(f"hint: {error.hint}", file=sys.stderr)
+        return error.exit_code
