@@ -17,7 +17,6 @@ from train_t2i.engine.adam import AdamSettings, make_adam
 from train_t2i.engine.state import Piece
 from train_t2i.errors import UserError
 
-
 KEPT_WHOLE = 5_000  # elements: stage 3 leaves smaller tensors on every process, where gathering them costs more
 
 
