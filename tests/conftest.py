@@ -32,6 +32,17 @@ def _one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def one_thread_before_a_fork() -> Iterator[None]:
+    """OpenMP's threads do not survive a fork: a child waits for them for ever.  For slow tests that fork."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 # -- tiny models and data, made once ---------------------------------------------------------------------------------
 
 

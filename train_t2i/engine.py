@@ -10,6 +10,7 @@ import os
 import random
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -44,10 +45,11 @@ class StepReport:
 class Engine:
     """Device, processes, precision, and the optimizers of the trained roles."""
 
-    def __init__(self, mixed_precision: str, max_grad_norm: float) -> None:
+    def __init__(self, mixed_precision: str, max_grad_norm: float, wait_s: float = 1800) -> None:
+        """``wait_s``: how long a collective waits for the other processes before it raises."""
         if os.environ.get("ACCELERATE_USE_FSDP") == "true" or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
             raise UserError("this launch asks for FSDP or DeepSpeed", "launch with plain data parallelism")
-        self.state = PartialState(cpu=_on_cpu())
+        self.state = PartialState(cpu=_on_cpu(), timeout=timedelta(seconds=wait_s))
         self.device = self.state.device
         self.rank, self.world = self.state.process_index, self.state.num_processes
         _assert_world(self.world)

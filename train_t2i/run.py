@@ -17,6 +17,7 @@ from train_t2i.methods import Method
 from train_t2i.methods.base import Clock
 from train_t2i.networks import Networks
 from train_t2i.sheet import SampleSheet
+from train_t2i.watchdog import Watchdog
 
 REPEAT_SECONDS = 0.3  # `timeout` and some launchers send one signal twice: to the process and to its group
 
@@ -76,4 +77,9 @@ class Run:
     sheet: SampleSheet
     state: State
     stop: StopRequest
+    watch: Watchdog
     saved_at: float = field(default_factory=time.monotonic)
+
+    def begin(self, phase: str) -> None:
+        """Tell the watchdog that a phase of the loop begins: tick, sample, save."""
+        self.watch.beat(phase, self.state.clock.tick, self.state.clock.step)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from train_t2i import __version__, build, cli, log
+from train_t2i import __version__, build, cli, log, peers
 from train_t2i.checkpoint import RunFolder
 from train_t2i.config import DMDRConfig, Settings
 from train_t2i.engine import AdamSettings, Engine
@@ -23,6 +23,7 @@ from train_t2i.resume import check_resumable, find_checkpoint, owns, restore, sa
 from train_t2i.run import Run, State, StopRequest
 from train_t2i.sheet import SampleSheet, sheet_prompts
 from train_t2i.storage import FULL
+from train_t2i.watchdog import Watchdog, longest_wait_s
 
 START: dict[str, Any] = {"step": 0, "manifest": {}}  # what a run without a checkpoint goes on from
 
@@ -46,8 +47,10 @@ def loop(run: Run) -> int:
     """Train to ``max_train_steps``; returns the exit code."""
     cfg, engine, method, state = run.settings.run, run.engine, run.method, run.state
     ticks = run.feed.ticks(state.samples_seen)
+    run.begin("sample")
     run.sheet.draw(state.clock.step)
     while state.clock.step < cfg.max_train_steps:
+        run.begin("tick")
         engine.seed(cfg.seed, state.clock.tick)
         rollouts = [method.rollout(batch, state.clock) for batch in next(ticks)]
         roles = method.roles_at(state.clock)
@@ -76,10 +79,12 @@ def after_step(run: Run) -> bool:
     stopping = run.engine.any_process(run.stop.asked)
     last = step >= cfg.max_train_steps
     if cfg.sample_steps and (step % cfg.sample_steps == 0 or last):
+        run.begin("sample")
         run.sheet.draw(step)
     minutes = (time.monotonic() - run.saved_at) / 60
     on_time = run.engine.any_process(cfg.checkpoint_minutes > 0 and minutes >= cfg.checkpoint_minutes)
     if stopping or last or on_time or (cfg.checkpoint_steps and step % cfg.checkpoint_steps == 0):
+        run.begin("save")
         save(run)
     if stopping and not last:
         run.log.say(f"stopped by a signal after step {step}; saved; go on with --auto-resume")
@@ -105,7 +110,7 @@ def count_skipped(run: Run, role: Role, skipped: bool) -> None:
 # ==== building ======================================================================================================
 
 
-def prepare(settings: Settings, folder: RunFolder, engine: Engine, stop: StopRequest) -> Run:
+def prepare(settings: Settings, folder: RunFolder, engine: Engine, stop: StopRequest, watch: Watchdog) -> Run:
     """Cheap checks first, then models, then the checkpoint."""
     cfg, kind = settings.run, METHODS[settings.run.method]
     resume_from = find_checkpoint(cfg, folder)
@@ -136,7 +141,7 @@ def prepare(settings: Settings, folder: RunFolder, engine: Engine, stop: StopReq
     workers = settings.method.num_workers if kind.data == "images" else 0
     feed = Feed(data, cfg.seed, cfg.batch_size, cfg.gradient_accumulation_steps, engine.rank, engine.world, workers)
     quiet_log = log.RunLog(folder.root, method.columns, is_main=False)
-    run = Run(settings, folder, engine, networks, method, feed, quiet_log, SampleSheet.none(), State(), stop)
+    run = Run(settings, folder, engine, networks, method, feed, quiet_log, SampleSheet.none(), State(), stop, watch)
     if resume_from:
         restore(run, resume_from)
     # what comes after the checkpoint is written again; without one of its own, everything is
@@ -225,13 +230,16 @@ def main(arguments: Sequence[str]) -> int:
         return EXIT_DONE
     settings = build.resolved(cli.parse(arguments))
     folder = RunFolder(Path(settings.run.output_dir) / settings.run.exp_name)
-    with StopRequest() as stop:
-        engine = Engine(settings.run.mixed_precision, settings.run.max_grad_norm)
+    cfg = settings.run
+    rank = int(os.environ.get("RANK", "0"))  # the meeting of the processes is watched already
+    with StopRequest() as stop, Watchdog(folder.root, cfg.hang_seconds, rank) as watch:
+        with peers.told_when_lost():
+            engine = Engine(cfg.mixed_precision, cfg.max_grad_norm, longest_wait_s(cfg.hang_seconds))
         with folder.lock() if engine.is_main else contextlib.nullcontext():
-            return train(settings, folder, engine, stop)
+            return train(settings, folder, engine, stop, watch)
 
 
-def train(settings: Settings, folder: RunFolder, engine: Engine, stop: StopRequest) -> int:
+def train(settings: Settings, folder: RunFolder, engine: Engine, stop: StopRequest, watch: Watchdog) -> int:
     """Run under the lock.  ``.exit_code`` says how it ended, since launchers wrap codes; none: killed, or still running."""
     marker = folder.root / ".exit_code"
     code = -1  # an error that is nobody's mistake
@@ -239,7 +247,8 @@ def train(settings: Settings, folder: RunFolder, engine: Engine, stop: StopReque
         if engine.is_main:
             marker.unlink(missing_ok=True)
             folder.clean()
-        code = prepare_and_loop(settings, folder, engine, stop)
+        with peers.told_when_lost():
+            code = prepare_and_loop(settings, folder, engine, stop, watch)
     except UserError as error:
         code = error.exit_code
         raise
@@ -251,9 +260,9 @@ def train(settings: Settings, folder: RunFolder, engine: Engine, stop: StopReque
     return code
 
 
-def prepare_and_loop(settings: Settings, folder: RunFolder, engine: Engine, stop: StopRequest) -> int:
+def prepare_and_loop(settings: Settings, folder: RunFolder, engine: Engine, stop: StopRequest, watch: Watchdog) -> int:
     try:
-        run = prepare(settings, folder, engine, stop)
+        run = prepare(settings, folder, engine, stop, watch)
         try:
             return loop(run)
         finally:

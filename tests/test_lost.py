@@ -1,0 +1,169 @@
+"""Two processes, of which one dies, stands still, or is cut off: the other ends soon and says so, and the run goes on."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import forked
+import pytest
+import tiny
+from forked import Child, InSave, die
+
+from train_t2i import storage
+from train_t2i.checkpoint import RunFolder
+from train_t2i.errors import EXIT_HANG, EXIT_LOST
+
+STEPS = 3
+FLAGS = f"--batch-size 1 --max-train-steps {STEPS} --checkpoint-steps 1 --auto-resume"
+HOST = socket.gethostname()
+pytestmark = pytest.mark.usefixtures("one_thread_before_a_fork")
+
+
+def start(trainer, name: str, more: str = FLAGS, before: Callable[[int], object] = lambda rank: None) -> list[Child]:
+    return forked.train_world(trainer.arguments(name, more), trainer.root / f"{name}.out", before=before)
+
+
+def finish(trainer, name: str) -> Path:
+    """The same command to its end."""
+    children = start(trainer, name)
+    assert [child.ends(60) for child in children] == [0, 0], children[0].said()
+    return trainer.root / name
+
+
+def assert_same_run(whole: Path, run: Path) -> None:
+    assert RunFolder(run).steps() == RunFolder(whole).steps() == list(range(STEPS, 0, -1))
+    for step in RunFolder(whole).steps():
+        tiny.assert_same_checkpoint(whole, run, step)
+    tiny.assert_same_logs(whole, run)
+
+
+@pytest.fixture
+def whole(trainer) -> Path:
+    return finish(trainer, "whole")
+
+
+def at_tick(tick: int, action: Callable[[], object]) -> None:
+    """Do something in the middle of a tick: after the images are made, before the losses."""
+    from train_t2i.methods import DMDR
+
+    rollout = DMDR.rollout
+
+    def acting(self, batch, clock):
+        result = rollout(self, batch, clock)
+        if clock.tick == tick:
+            action()
+        return result
+
+    DMDR.rollout = acting
+
+
+def in_save(nth: int, action: Callable[[], object]) -> None:
+    """Do something at the n-th change of the disk in the save of step 2."""
+    storage.before = InSave(2, nth, action)
+
+
+# -- a process dies --------------------------------------------------------------------------------------------------
+
+DEATHS = {
+    "the worker in a tick": (1, lambda: at_tick(3, die)),
+    "the main one in a tick": (0, lambda: at_tick(3, die)),
+    "the main one in a save": (0, lambda: in_save(9, die)),
+}
+
+
+@pytest.mark.parametrize("death", DEATHS)
+def test_the_other_process_ends_at_once_and_says_so(trainer, whole, death):
+    dies, arm = DEATHS[death]
+    children = start(trainer, "run", before=lambda rank: arm() if rank == dies else None)
+    assert children[dies].ends(60) == -signal.SIGKILL
+    survivor = children[1 - dies]
+    assert survivor.ends(within_s=20) == EXIT_LOST
+    said = survivor.said()
+    assert re.search(rf"error: lost another process at 127\.0\.0\.1 \(this is rank {1 - dies} on {HOST}\): .+", said)
+    assert "--auto-resume" in said
+    assert "Traceback" not in said
+    run = trainer.root / "run"
+    assert RunFolder(run).steps() == [1]
+    if dies == 1:
+        assert (run / ".exit_code").read_text() == f"{EXIT_LOST}\n"
+    assert_same_run(whole, finish(trainer, "run"))
+
+
+def test_a_worker_that_dies_during_a_save_leaves_a_complete_checkpoint(trainer, whole):
+    """The main process ends its save, then finds nobody to go on with."""
+    children: list[Child] = []
+
+    def kill_the_other() -> None:
+        os.kill(int((trainer.root / "worker.pid").read_text()), signal.SIGKILL)
+
+    def arm(rank: int) -> None:
+        if rank == 1:
+            (trainer.root / "worker.pid").write_text(str(os.getpid()))
+        else:
+            in_save(9, kill_the_other)
+
+    children = start(trainer, "run", before=arm)
+    assert children[1].ends(60) == -signal.SIGKILL
+    assert children[0].ends(within_s=20) == EXIT_LOST
+    assert RunFolder(trainer.root / "run").latest() == RunFolder(trainer.root / "run").record(2)
+    assert_same_run(whole, finish(trainer, "run"))
+
+
+def test_an_error_on_one_process_is_its_own_and_a_loss_to_the_other(trainer):
+    """A traceback where something is wrong with the program, and only there."""
+
+    def wrong() -> None:
+        raise RuntimeError("the program is wrong")
+
+    children = start(trainer, "run", before=lambda rank: at_tick(1, wrong) if rank == 1 else None)
+    assert children[1].ends(60) == 1
+    assert "RuntimeError: the program is wrong" in children[1].said()
+    assert children[0].ends(within_s=20) == EXIT_LOST
+    assert "Traceback" not in children[0].said()
+
+
+# -- a process stands still ------------------------------------------------------------------------------------------
+
+HANG = FLAGS + " --hang-seconds 3"
+
+
+def asleep() -> None:
+    time.sleep(300)
+
+
+def stacks(run: Path, rank: int) -> str:
+    return (run / "stacks" / f"rank-{rank}-{HOST}.txt").read_text()
+
+
+@pytest.mark.parametrize("sleeper", [0, 1])
+def test_a_process_that_blocks_yields_the_stacks_of_all(trainer, whole, sleeper):
+    children = start(trainer, "run", HANG, before=lambda rank: at_tick(3, asleep) if rank == sleeper else None)
+    assert [child.ends(within_s=30) for child in children] == [EXIT_HANG, EXIT_HANG]
+    run = trainer.root / "run"
+    for rank, child in enumerate(children):
+        text = stacks(run, rank)
+        first = text.splitlines()[0]
+        assert re.match(
+            rf"error: rank {rank} on {HOST} stood still for [34] s in tick of tick 3, since \S+ \S+ UTC;", first
+        )
+        assert ("; waiting for the other processes, at engine.py:" in first) == (rank != sleeper)
+        assert "Thread MainThread, innermost call first:" in text
+        assert ("in asleep" in text) == (rank == sleeper)
+        assert text in child.said()
+        assert "Traceback" not in child.said()
+    assert (run / ".exit_code").read_text() == f"{EXIT_HANG}\n"
+    assert_same_run(whole, finish(trainer, "run"))
+
+
+def test_a_save_that_blocks_is_named(trainer):
+    children = start(trainer, "run", HANG, before=lambda rank: in_save(9, asleep) if rank == 0 else None)
+    assert [child.ends(within_s=30) for child in children] == [EXIT_HANG, EXIT_HANG]
+    for rank in range(2):
+        assert "s in save of tick 4," in stacks(trainer.root / "run", rank)
+    assert RunFolder(trainer.root / "run").steps() == [1]
