@@ -150,9 +150,10 @@ def test_a_process_that_blocks_yields_the_stacks_of_all(trainer, whole, sleeper)
         text = stacks(run, rank)
         first = text.splitlines()[0]
         assert re.match(
-            rf"error: rank {rank} on {HOST} stood still for [34] s in tick of tick 3, since \S+ \S+ UTC;", first
+            rf"error: rank {rank} on {HOST} stood still for [34] s, since \S+ \S+ UTC: phase tick after 3 ticks and 1 steps, ",
+            first,
         )
-        assert ("; waiting for the other processes, at engine.py:" in first) == (rank != sleeper)
+        assert (", waiting for the other processes, at engine.py:" in first) == (rank != sleeper)
         assert "Thread MainThread, innermost call first:" in text
         assert ("in asleep" in text) == (rank == sleeper)
         assert text in child.said()
@@ -165,5 +166,5 @@ def test_a_save_that_blocks_is_named(trainer):
     children = start(trainer, "run", HANG, before=lambda rank: in_save(9, asleep) if rank == 0 else None)
     assert [child.ends(within_s=30) for child in children] == [EXIT_HANG, EXIT_HANG]
     for rank in range(2):
-        assert "s in save of tick 4," in stacks(trainer.root / "run", rank)
+        assert ": phase save after 4 ticks and 2 steps," in stacks(trainer.root / "run", rank)
     assert RunFolder(trainer.root / "run").steps() == [1]

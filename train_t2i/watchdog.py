@@ -37,7 +37,7 @@ class Watchdog:
 
     def __init__(self, root: Path, seconds: float, rank: int) -> None:
         self.root, self.seconds, self.rank, self.host = root, seconds, rank, socket.gethostname()
-        self._last = ("start", 0, time.monotonic())
+        self._last = ("start", 0, 0, time.monotonic())
         self._first_step: int | None = None
         self._patience = FIRST_STEP
         self._over = threading.Event()
@@ -54,12 +54,12 @@ class Watchdog:
             self._thread.join()
 
     def beat(self, phase: str, tick: int, step: int) -> None:
-        """The loop goes on: ``phase`` begins at this tick and step."""
+        """The loop goes on: ``phase`` begins after so many ticks and steps."""
         if self._first_step is None:
             self._first_step = step
         elif step != self._first_step:
             self._patience = 1
-        self._last = (phase, tick, time.monotonic())
+        self._last = (phase, tick, step, time.monotonic())
 
     @property
     def file(self) -> Path:
@@ -72,17 +72,17 @@ class Watchdog:
             faulthandler.dump_traceback_later(self._patience * self.seconds + 2 * interval, exit=True, file=STDERR)
             if self._over.wait(interval):
                 return faulthandler.cancel_dump_traceback_later()
-            phase, tick, since = self._last
+            phase, tick, step, since = self._last
             if (age := time.monotonic() - since) > self._patience * self.seconds:
-                self._leave(phase, tick, age)
+                self._leave(f"phase {phase} after {tick} ticks and {step} steps", age)
 
-    def _leave(self, phase: str, tick: int, age_s: float) -> None:
+    def _leave(self, phase: str, age_s: float) -> None:
         faulthandler.cancel_dump_traceback_later()
         begun = datetime.fromtimestamp(time.time() - age_s, UTC)
         frames = dict(sys._current_frames())
         line = (
-            f"error: rank {self.rank} on {self.host} stood still for {age_s:.0f} s in {phase} of tick {tick}, since "
-            f"{begun:%Y-%m-%d %H:%M:%S} UTC; {place(frames[threading.main_thread().ident or 0])}"
+            f"error: rank {self.rank} on {self.host} stood still for {age_s:.0f} s, since {begun:%Y-%m-%d %H:%M:%S} UTC: "
+            f"{phase}, {place(frames[threading.main_thread().ident or 0])}"
         )
         hint = f"hint: the stacks of its threads are in {self.file}; run the same command with --auto-resume"
         text = f"{line}\n{hint}\n{stacks(frames)}"
