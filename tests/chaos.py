@@ -57,7 +57,7 @@ CASES = {
 SEEDS, WORLDS, MOST_KILLS = (1, 2), (1, 2), 9
 SAVE_SHARE = 0.4  # of the kills that are aimed at a save
 LIMIT_S = 90.0  # for whatever must end by itself
-STARTED, IN_SAVE = 0, 1  # bytes of the memory that a life shares with this process
+IN_SAVE = 0  # a byte of the memory that a life shares with this process
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Chaos:
     def __init__(self, root: Path, chance: random.Random) -> None:
         self.root, self.chance, self.tally = root, chance, Tally()
         self.wholes: dict[Case, tuple[Path, float, int]] = {}  # folder, seconds of a life, changes of the disk a step
-        self.shared = mmap.mmap(-1, 2)
+        self.shared = mmap.mmap(-1, 1)
         data = root / "data"
         failed = apart(lambda: make_data(data), root / "data.out")
         assert failed is None, failed
@@ -99,7 +99,7 @@ class Chaos:
         flags = f"{COMMON} {more} --seed {case.seed} --output-dir {folder}"
         arguments, output = self.trainer.arguments("run", flags, method), folder / "said"
         folder.mkdir(parents=True, exist_ok=True)
-        self.shared[:] = bytes(2)
+        self.shared[:] = bytes(1)
 
         def before(rank: int = 0) -> None:
             os.fsync = lambda descriptor: None  # a killed process loses nothing that was written

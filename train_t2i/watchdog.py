@@ -10,6 +10,7 @@ import contextlib
 import faulthandler
 import os
 import re
+import signal
 import socket
 import sys
 import threading
@@ -41,6 +42,8 @@ class Watchdog:
         self._first_step: int | None = None
         self._patience = FIRST_STEP
         self._over = threading.Event()
+        # torch's launcher, when killed, takes nobody with it: its processes would train on and keep the folder locked
+        self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else 0
 
     def __enter__(self) -> Watchdog:
         if self.seconds:
@@ -72,6 +75,10 @@ class Watchdog:
             faulthandler.dump_traceback_later(self._patience * self.seconds + 2 * interval, exit=True, file=STDERR)
             if self._over.wait(interval):
                 return faulthandler.cancel_dump_traceback_later()
+            if self._launcher and os.getppid() != self._launcher:
+                self._launcher = 0
+                _tell(f"rank {self.rank} on {self.host}: its launcher is gone, which asks for a stop\n")
+                os.kill(os.getpid(), signal.SIGTERM)
             phase, tick, step, since = self._last
             if (age := time.monotonic() - since) > self._patience * self.seconds:
                 self._leave(f"phase {phase} after {tick} ticks and {step} steps", age)
@@ -87,8 +94,8 @@ class Watchdog:
         hint = f"hint: the stacks of its threads are in {self.file}; run the same command with --auto-resume"
         text = f"{line}\n{hint}\n{stacks(frames)}"
         # the disk or the terminal may be what stands still: neither is waited for
-        for work in (lambda: os.write(STDERR, text.encode()), lambda: self._write(text)):
-            threading.Thread(target=work, daemon=True).start()
+        for work in (_tell, self._write):
+            threading.Thread(target=work, args=(text,), daemon=True).start()
         time.sleep(min(LINGER_SECONDS, self.seconds / 2))
         os._exit(EXIT_HANG)
 
@@ -99,6 +106,11 @@ class Watchdog:
         if self.rank == 0:
             with contextlib.suppress(OSError):
                 (self.root / ".exit_code").write_text(f"{EXIT_HANG}\n")
+
+
+def _tell(text: str) -> None:
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        os.write(STDERR, text.encode())
 
 
 def place(frame: FrameType) -> str:
