@@ -13,11 +13,11 @@ from pathlib import Path
 import forked
 import pytest
 import tiny
-from forked import Child, InSave, die
+from forked import Child, InSave, die, ticks
 
 from train_t2i import storage
 from train_t2i.checkpoint import RunFolder
-from train_t2i.errors import EXIT_HANG, EXIT_LOST
+from train_t2i.errors import EXIT_HANG, EXIT_LOCKED, EXIT_LOST
 
 STEPS = 3
 FLAGS = f"--batch-size 1 --max-train-steps {STEPS} --checkpoint-steps 1 --auto-resume"
@@ -141,18 +141,34 @@ def stacks(run: Path, rank: int) -> str:
     return (run / "stacks" / f"rank-{rank}-{HOST}.txt").read_text()
 
 
+def late_to_tick(tick: int) -> None:
+    """Come a second after the others to a tick: the main process has written its log alone."""
+    from train_t2i.log import RunLog
+
+    flush = RunLog.flush
+
+    def late(self, done, *counters):
+        flush(self, done, *counters)
+        time.sleep(1 if done == tick else 0)
+
+    RunLog.flush = late
+
+
 @pytest.mark.parametrize("sleeper", [0, 1])
 def test_a_process_that_blocks_yields_the_stacks_of_all(trainer, whole, sleeper):
-    children = start(trainer, "run", HANG, before=lambda rank: at_tick(3, asleep) if rank == sleeper else None)
+    """Also where the one that blocks began to wait before the other, and ends before it."""
+
+    def arm(rank: int) -> None:
+        at_tick(3, asleep) if rank == sleeper else late_to_tick(3)
+
+    children = start(trainer, "run", HANG, before=arm)
     assert [child.ends(within_s=30) for child in children] == [EXIT_HANG, EXIT_HANG]
     run = trainer.root / "run"
     for rank, child in enumerate(children):
         text = stacks(run, rank)
         first = text.splitlines()[0]
-        assert re.match(
-            rf"error: rank {rank} on {HOST} stood still for [34] s, since \S+ \S+ UTC: phase tick after 3 ticks and 1 steps, ",
-            first,
-        )
+        assert re.match(rf"error: rank {rank} on {HOST} stood still for [34] s, since \S+ \S+ UTC: ", first)
+        assert "UTC: phase tick after 3 ticks and 1 steps, " in first
         assert (", waiting for the other processes, at engine.py:" in first) == (rank != sleeper)
         assert "Thread MainThread, innermost call first:" in text
         assert ("in asleep" in text) == (rank == sleeper)
@@ -162,9 +178,51 @@ def test_a_process_that_blocks_yields_the_stacks_of_all(trainer, whole, sleeper)
     assert_same_run(whole, finish(trainer, "run"))
 
 
-def test_a_save_that_blocks_is_named(trainer):
-    children = start(trainer, "run", HANG, before=lambda rank: in_save(9, asleep) if rank == 0 else None)
+def asleep_in_a_sheet() -> None:
+    from train_t2i.sheet import SampleSheet
+
+    SampleSheet._write = lambda self, rows, step: asleep() if step == 2 else None
+
+
+@pytest.mark.parametrize(("phase", "arm"), [("save", lambda: in_save(9, asleep)), ("sample", asleep_in_a_sheet)])
+def test_the_phase_that_blocks_is_named(trainer, phase, arm):
+    children = start(trainer, "run", HANG + " --sample-steps 1", before=lambda rank: arm() if rank == 0 else None)
     assert [child.ends(within_s=30) for child in children] == [EXIT_HANG, EXIT_HANG]
     for rank in range(2):
-        assert ": phase save after 4 ticks and 2 steps," in stacks(trainer.root / "run", rank)
+        assert f": phase {phase} after 4 ticks and 2 steps," in stacks(trainer.root / "run", rank)
     assert RunFolder(trainer.root / "run").steps() == [1]
+
+
+def test_torch_gives_up_too_when_nobody_watches(trainer):
+    """The time that the watchdog is given first, here shortened, is torch's own limit."""
+
+    def arm(rank: int) -> None:
+        from train_t2i import train
+
+        train.longest_wait_s = lambda seconds: 3
+        if rank == 1:
+            at_tick(1, lambda: time.sleep(10))
+
+    children = start(trainer, "run", before=arm)
+    assert children[0].ends(within_s=9) == EXIT_LOST
+    assert re.search(r"lost another process.*: Timed out waiting 3000ms", children[0].said())
+    assert children[1].ends(within_s=20) == EXIT_LOST
+
+
+# -- a folder in use -------------------------------------------------------------------------------------------------
+
+
+def test_a_second_launch_in_the_folder_ends_on_all_processes(trainer):
+    flags = FLAGS.replace(f"{STEPS} ", "500 ")
+    first = start(trainer, "run", flags)
+    forked.until(first[0], lambda: ticks(trainer.root / "run") >= 1)
+    arguments, output = trainer.arguments("run", flags), trainer.root / "second.out"
+    second = forked.train_world(arguments, output)
+    codes = [child.ends(60) for child in second]
+    alive = [child.alive() for child in first]
+    for child in first:
+        child.send(signal.SIGKILL)
+        child.ends()
+    assert alive == [True, True]
+    assert codes == [EXIT_LOCKED, EXIT_LOST]
+    assert f"in use by another run: process {first[0].pid} on {HOST}" in second[0].said()

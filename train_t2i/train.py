@@ -253,7 +253,7 @@ def train(settings: Settings, folder: RunFolder, engine: Engine, stop: StopReque
         code = error.exit_code
         raise
     finally:
-        if engine.is_main:
+        if engine.is_main and not watch.fired:
             with contextlib.suppress(OSError):  # the disk may be full
                 marker.write_text(f"{code}\n")
         engine.close()

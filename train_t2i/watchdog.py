@@ -42,6 +42,7 @@ class Watchdog:
         self._first_step: int | None = None
         self._patience = FIRST_STEP
         self._over = threading.Event()
+        self.fired = False  # this process is about to end: how it ended is said already
         # torch's launcher, when killed, takes nobody with it: its processes would train on and keep the folder locked
         self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else 0
 
@@ -85,6 +86,7 @@ class Watchdog:
 
     def _leave(self, phase: str, age_s: float) -> None:
         faulthandler.cancel_dump_traceback_later()
+        self.fired = True
         begun = datetime.fromtimestamp(time.time() - age_s, UTC)
         frames = dict(sys._current_frames())
         line = (

@@ -77,6 +77,18 @@ def test_damage_falls_back_with_a_warning_and_refuses_by_name(
     assert_holds(saved, saved.record(2), 2)
 
 
+def test_files_that_changed_places_within_a_step(saved: RunFolder, caplog: pytest.LogCaptureFixture) -> None:
+    """Each is whole, of the right step and loads: it is only not where it was saved."""
+    first, second = (saved.folder / f"accelerator_{i}/step-2/model.safetensors" for i in (1, 2))
+    wholes = first.read_bytes(), second.read_bytes()
+    first.write_bytes(wholes[1])
+    second.write_bytes(wholes[0])
+    with caplog.at_level(logging.WARNING):
+        assert saved.latest() == saved.record(1)
+    assert str(first) in caplog.text
+    assert_refused(saved, saved.record(2), str(first))
+
+
 def sealed(content: object) -> bytes:
     """``content`` as torch.save writes it, under a digest that is right."""
     buffer = io.BytesIO()
