@@ -75,6 +75,7 @@ class Tally:
     kills: Counter = field(default_factory=Counter)  # (world, "in a save" or "elsewhere", who was killed)
     histories: int = 0
     resumes: int = 0
+    seconds_left: list[float] = field(default_factory=list)  # from a kill to the end of the process that was left
     bad: list[str] = field(default_factory=list)
 
     def killed(self) -> int:
@@ -140,14 +141,16 @@ class Chaos:
         else:
             children = self.start(case, folder, lambda name, path: None)
             wait_or_end(children, self.chance.uniform(0, life_s))
-            alive = [victim for victim in victims if children[victim].alive()]
-            for victim in alive:
+            for victim in victims:
                 children[victim].send(signal.SIGKILL)
+        killed_at = time.monotonic()
         codes = [child.ends(LIMIT_S) for child in children]
         dead = [rank for rank, code in enumerate(codes) if code == -signal.SIGKILL]
         others = [code for code in codes if code != -signal.SIGKILL]
         if set(others) - ({0, EXIT_LOST} if dead else {0}):
             raise AssertionError(f"exit codes {codes}: {said(children)}")
+        if dead and others and not aimed:
+            self.tally.seconds_left.append(time.monotonic() - killed_at)
         if dead:
             where = "in a save" if self.shared[IN_SAVE] else "elsewhere"
             self.tally.kills[case.world, where, "+".join(map(str, dead))] += 1
@@ -295,9 +298,12 @@ def summary(tally: Tally, minutes: float, seed: int) -> dict[str, Any]:
             counts[str(key[place])] += count
         return dict(counts)
 
+    left = [round(seconds, 1) for seconds in sorted(tally.seconds_left)] or [0.0]
+    middle, longest = left[len(left) // 2], left[-1]
     return {
         "kills": tally.killed(), "world size": of(0), "where": of(1), "killed rank": of(2), "histories": tally.histories,
-        "resumes": tally.resumes, "bad": tally.bad, "minutes": round(minutes, 1), "seed": seed,
+        "resumes": tally.resumes, "bad": tally.bad,
+        "seconds until the process that was left ended": {"median": middle, "longest": longest}, "minutes": round(minutes, 1), "seed": seed,
     }  # fmt: skip
 
 

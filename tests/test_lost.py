@@ -128,6 +128,18 @@ def test_an_error_on_one_process_is_its_own_and_a_loss_to_the_other(trainer):
     assert "Traceback" not in children[0].said()
 
 
+def test_a_killed_reader_of_images_is_told_in_one_line(trainer):
+    flags = "--batch-size 1 --max-train-steps 500 --num-workers 1"
+    child = forked.train(trainer.arguments("run", flags, "sft"), trainer.root / "run.out")
+    forked.until(child, lambda: tiny.log_lines(trainer.root / "run"))
+    readers = Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()
+    assert len(readers) == 1
+    os.kill(int(readers[0]), signal.SIGKILL)
+    assert child.ends(within_s=20) == EXIT_LOST
+    assert "error: a process that reads data was lost: DataLoader worker" in child.said()
+    assert "Traceback" not in child.said()
+
+
 # -- a process stands still ------------------------------------------------------------------------------------------
 
 HANG = FLAGS + " --hang-seconds 3"

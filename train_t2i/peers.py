@@ -1,4 +1,4 @@
-"""A process that another one is lost to: what torch then raises, told in one line."""
+"""What torch raises when a process that this one needs is gone, told in one line."""
 
 from __future__ import annotations
 
@@ -23,6 +23,12 @@ def told_when_lost() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        if (text := str(error)).startswith("DataLoader worker"):
+            raise UserError(
+                f"a process that reads data was lost: {text.splitlines()[0]}",
+                "often memory ran out: fewer --num-workers; then the same command with --auto-resume",
+                EXIT_LOST,
+            ) from error
         if (reason := _reason(error)) is None:
             raise
         address = ADDRESS.search(reason)

@@ -232,9 +232,9 @@ def main(arguments: Sequence[str]) -> int:
     folder = RunFolder(Path(settings.run.output_dir) / settings.run.exp_name)
     cfg = settings.run
     rank = int(os.environ.get("RANK", "0"))  # the meeting of the processes is watched already
-    with StopRequest() as stop, Watchdog(folder.root, cfg.hang_seconds, rank) as watch:
-        with peers.told_when_lost():
-            engine = Engine(cfg.mixed_precision, cfg.max_grad_norm, longest_wait_s(cfg.hang_seconds))
+    watch = Watchdog(folder.root, cfg.hang_seconds, rank)
+    with peers.told_when_lost(), StopRequest() as stop, watch:
+        engine = Engine(cfg.mixed_precision, cfg.max_grad_norm, longest_wait_s(cfg.hang_seconds))
         with folder.lock() if engine.is_main else contextlib.nullcontext():
             return train(settings, folder, engine, stop, watch)
 
@@ -247,7 +247,7 @@ def train(settings: Settings, folder: RunFolder, engine: Engine, stop: StopReque
         if engine.is_main:
             marker.unlink(missing_ok=True)
             folder.clean()
-        with peers.told_when_lost():
+        with peers.told_when_lost():  # here for the marker, and outside for what comes later
             code = prepare_and_loop(settings, folder, engine, stop, watch)
     except UserError as error:
         code = error.exit_code
