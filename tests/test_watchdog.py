@@ -55,6 +55,7 @@ def test_a_loop_that_goes_on_is_left_alone(tmp_path):
 
 def test_the_first_step_is_given_more_time(tmp_path):
     def slow_start(watch: Watchdog) -> None:
+        watch.met()
         time.sleep(2 * SECONDS)
         watch.beat("tick", 0, 5)
         time.sleep(2 * SECONDS)
@@ -64,9 +65,16 @@ def test_the_first_step_is_given_more_time(tmp_path):
 
     assert guarded(tmp_path, slow_start).ends(20) == 0
     begun = time.monotonic()
-    assert guarded(tmp_path, lambda watch: time.sleep(60)).ends(20) == EXIT_HANG
+    assert guarded(tmp_path, lambda watch: (watch.met(), asleep())).ends(20) == EXIT_HANG
     assert time.monotonic() - begun > FIRST_STEP * SECONDS
-    assert "phase start after 0 ticks and 0 steps" in (tmp_path / "said").read_text()
+    assert "phase load after 0 ticks and 0 steps" in (tmp_path / "said").read_text()
+
+
+def test_others_that_never_come_are_not_given_more_time(tmp_path):
+    begun = time.monotonic()
+    assert guarded(tmp_path, lambda watch: asleep()).ends(20) == EXIT_HANG
+    assert time.monotonic() - begun < FIRST_STEP * SECONDS
+    assert "phase meet after 0 ticks and 0 steps" in (tmp_path / "said").read_text()
 
 
 def test_every_thread_is_in_the_stacks_and_only_the_main_process_writes_the_code(tmp_path):
@@ -129,6 +137,7 @@ def test_0_is_never(tmp_path):
 @pytest.mark.parametrize("seconds", [1, 60, 1800])
 def test_torch_gives_up_later_than_the_watchdog(seconds):
     watch = Watchdog(Path(), seconds, 0)
+    watch.met()
     assert longest_wait_s(seconds) > watch._patience * seconds + 30
 
 

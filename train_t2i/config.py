@@ -103,7 +103,7 @@ class Config:
     resume_ckpt: str | None = flag(None, "torch_units/step-N.pt to go on from, or latest", resume="free")
     auto_resume: bool = flag(False, "go on from this run's newest checkpoint where there is one", resume="free")
     hang_seconds: int = flag(
-        1800, "end a process that stood still for so long (three times it before the first step); 0: never",
+        1800, "end a process that stood still for so long (three times it up to the first step); 0: never",
         resume="free", low=0,
     )  # fmt: skip
     max_skipped: int = flag(20, "stop after so many non-finite updates in a row", resume="free", low=1)

@@ -235,6 +235,7 @@ def main(arguments: Sequence[str]) -> int:
     watch = Watchdog(folder.root, cfg.hang_seconds, rank)
     with peers.told_when_lost(), StopRequest() as stop, watch:
         engine = Engine(cfg.mixed_precision, cfg.max_grad_norm, longest_wait_s(cfg.hang_seconds))
+        watch.met()
         with folder.lock() if engine.is_main else contextlib.nullcontext():
             return train(settings, folder, engine, stop, watch)
 

@@ -38,9 +38,9 @@ class Watchdog:
 
     def __init__(self, root: Path, seconds: float, rank: int) -> None:
         self.root, self.seconds, self.rank, self.host = root, seconds, rank, socket.gethostname()
-        self._last = ("start", 0, 0, time.monotonic())
+        self._last = ("meet", 0, 0, time.monotonic())
         self._first_step: int | None = None
-        self._patience = FIRST_STEP
+        self._patience = 1
         self._over = threading.Event()
         self.fired = False  # this process is about to end: how it ended is said already
         # torch's launcher, when killed, takes nobody with it: its processes would train on and keep the folder locked
@@ -56,6 +56,10 @@ class Watchdog:
         self._over.set()
         if self.seconds:
             self._thread.join()
+
+    def met(self) -> None:
+        """All processes are there: models load now, and the first step follows."""
+        self._patience, self._last = FIRST_STEP, ("load", 0, 0, time.monotonic())
 
     def beat(self, phase: str, tick: int, step: int) -> None:
         """The loop goes on: ``phase`` begins after so many ticks and steps."""
