@@ -45,7 +45,7 @@ from train_t2i.errors import EXIT_HANG, EXIT_LOST
 
 torch.set_num_threads(1)
 
-STEPS, KEPT = 8, 3
+STEPS, KEPT = 6, 2
 COMMON = (
     f"--max-train-steps {STEPS} --checkpoint-steps 1 --checkpoints-total-limit {KEPT} --batch-size 1 "
     "--auto-resume --hang-seconds 15"
