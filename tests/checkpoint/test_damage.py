@@ -12,7 +12,7 @@ import xxhash
 from saved import assert_holds, files_of
 
 from train_t2i import storage
-from train_t2i.checkpoint import RunFolder, run_of
+from train_t2i.checkpoint import Part, RunFolder, run_of
 from train_t2i.errors import EXIT_USER, UserError
 
 
@@ -78,15 +78,17 @@ def test_damage_falls_back_with_a_warning_and_refuses_by_name(
 
 
 def test_files_that_changed_places_within_a_step(saved: RunFolder, caplog: pytest.LogCaptureFixture) -> None:
-    """Each is whole, of the right step and loads: it is only not where it was saved."""
-    first, second = (saved.folder / f"accelerator_{i}/step-2/model.safetensors" for i in (1, 2))
+    """Each is whole, of the right size and step, and loads: it is only not where it was saved."""
+    numbers = {"accelerator_1": 1.0, "accelerator_2": 2.0}
+    saved.save(3, {name: Part({"model": {"a": torch.full((9,), value)}}) for name, value in numbers.items()}, {})
+    first, second = (saved.folder / f"{name}/step-3/model.safetensors" for name in numbers)
     wholes = first.read_bytes(), second.read_bytes()
     first.write_bytes(wholes[1])
     second.write_bytes(wholes[0])
     with caplog.at_level(logging.WARNING):
-        assert saved.latest() == saved.record(1)
+        assert saved.latest() == saved.record(2)
     assert str(first) in caplog.text
-    assert_refused(saved, saved.record(2), str(first))
+    assert_refused(saved, saved.record(3), str(first))
 
 
 def sealed(content: object) -> bytes:
