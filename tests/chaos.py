@@ -9,7 +9,7 @@ other died before they met, by its watchdog.  After every kill each
 checkpoint with a record must verify; at the end every file of every checkpoint and every line of the logs must be that
 of a run that nobody killed.  One line a history, then a summary; the exit code is 1 if anything was wrong.
 
-Every process is forked from this one, which has imported everything and computes nothing.
+Every process is forked from this one, which keeps to one thread and has the libraries and the models in memory.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import os
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
 
 import argparse
+import gc
 import json
 import mmap
 import random
@@ -37,7 +38,7 @@ import forked
 import tiny
 import torch
 from forked import Child
-from trainer import Trainer, flags_of
+from trainer import Trainer, flags_of, make_copies, remember_models
 
 from train_t2i import storage, train
 from train_t2i.checkpoint import RunFolder
@@ -45,14 +46,14 @@ from train_t2i.errors import EXIT_HANG, EXIT_LOST
 
 torch.set_num_threads(1)
 
-STEPS, KEPT = 6, 2
+STEPS, KEPT = 5, 2
 COMMON = (
     f"--max-train-steps {STEPS} --checkpoint-steps 1 --checkpoints-total-limit {KEPT} --batch-size 1 "
     "--auto-resume --hang-seconds 15"
 )
 CASES = {
     "paired": ("dmdr", "--sample-steps 3"),
-    "shared": ("dmdr", "--use-lora-gen --sample-num-steps 2 --gradient-accumulation-steps 2"),
+    "shared": ("dmdr", "--use-lora-gen --sample-num-steps 2 --ratio-update 1"),
     "sft": ("sft", "--caption-dropout 0.5"),
 }
 SEEDS, WORLDS, MOST_KILLS = (1, 2), (1, 2), 9
@@ -91,8 +92,14 @@ class Chaos:
         data = root / "data"
         failed = apart(lambda: make_data(data), root / "data.out")
         assert failed is None, failed
+        remember_models()
         flags = flags_of(root, data / "sdxl", data, data / "prompts.txt", data / "images" / "table.csv", data)
         self.trainer = Trainer(root, flags, lambda: ("", ""))
+        for name, (method, more) in CASES.items():
+            self.trainer.run(f"read-{name}", f"{more} --batch-size 1 --max-train-steps 1", method)
+        make_copies(2)  # a generator and a teacher
+        gc.collect()
+        gc.freeze()  # a child has no need to look through what it inherits
 
     # -- one life ----------------------------------------------------------------------------------------------------
 
@@ -244,7 +251,7 @@ def wait_or_end(children: list[Child], seconds: float) -> None:
 
 
 def apart(work: Callable[[], str | None], output: Path) -> str | None:
-    """What ``work`` returns in a process of its own: this one computes nothing."""
+    """What ``work`` returns in a process of its own."""
     output.unlink(missing_ok=True)
 
     def told() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import signal
@@ -17,7 +18,7 @@ from forked import Child, InSave, die, ticks
 
 from train_t2i import storage
 from train_t2i.checkpoint import RunFolder
-from train_t2i.errors import EXIT_HANG, EXIT_LOCKED, EXIT_LOST
+from train_t2i.errors import EXIT_DISK, EXIT_HANG, EXIT_LOCKED, EXIT_LOST
 
 STEPS = 3
 FLAGS = f"--batch-size 1 --max-train-steps {STEPS} --checkpoint-steps 1 --auto-resume"
@@ -87,6 +88,7 @@ def test_the_other_process_ends_at_once_and_says_so(trainer, whole, death):
     said = survivor.said()
     assert re.search(rf"error: lost another process at 127\.0\.0\.1 \(this is rank {1 - dies} on {HOST}\): .+", said)
     assert "--auto-resume" in said
+    assert "GLHF" not in said
     assert "Traceback" not in said
     run = trainer.root / "run"
     assert RunFolder(run).steps() == [1]
@@ -221,7 +223,17 @@ def test_torch_gives_up_too_when_nobody_watches(trainer):
     assert children[1].ends(within_s=20) == EXIT_LOST
 
 
-# -- a folder in use -------------------------------------------------------------------------------------------------
+# -- a full disk, a folder in use --------------------------------------------------------------------------------------
+
+
+def test_a_disk_that_is_full_ends_all_processes(trainer, whole):
+    def full() -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    children = start(trainer, "run", before=lambda rank: in_save(9, full) if rank == 0 else None)
+    assert [child.ends(within_s=60) for child in children] == [EXIT_DISK, EXIT_LOST]
+    assert "the checkpoint of step 1 is intact" in children[0].said()
+    assert_same_run(whole, finish(trainer, "run"))
 
 
 def test_a_second_launch_in_the_folder_ends_on_all_processes(trainer):

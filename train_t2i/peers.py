@@ -42,10 +42,10 @@ def told_when_lost() -> Iterator[None]:
 
 
 def _reason(error: RuntimeError) -> str | None:
-    """The first line of what the transport says, or None for any other error."""
+    """The first sentence of what the transport says (advice and a greeting follow), or None for any other error."""
     text = str(error).strip()
     found = GLOO.search(text)
     if found is None and not isinstance(error, dist.DistError):
         return None
     lines = (found["reason"] if found else text).splitlines()
-    return lines[0][:200] if lines else type(error).__name__
+    return lines[0].split(". ")[0][:200] if lines else type(error).__name__
