@@ -14,6 +14,7 @@ from train_t2i.errors import EXIT_LOST, UserError
 
 # gloo raises plain RuntimeErrors that begin with a place in its source
 GLOO = re.compile(r"gloo/.*?\]\s*(?P<reason>.+)", re.DOTALL)
+LOST = re.compile(r"peer|remote|connect|broken pipe|time[sd]? ?out|timeout|abort|unreachable|no route", re.IGNORECASE)
 ADDRESS = re.compile(r"\[(?P<host>[0-9a-fA-F.:]+)\]:\d+")
 
 
@@ -45,7 +46,7 @@ def _reason(error: RuntimeError) -> str | None:
     """The first sentence of what the transport says (advice and a greeting follow), or None for any other error."""
     text = str(error).strip()
     found = GLOO.search(text)
-    if found is None and not isinstance(error, dist.DistError):
-        return None
+    if (found is None and not isinstance(error, dist.DistError)) or not LOST.search(text):
+        return None  # a mistake in the program keeps its traceback
     lines = (found["reason"] if found else text).splitlines()
     return lines[0].split(". ")[0][:200] if lines else type(error).__name__
