@@ -19,7 +19,7 @@ from train_t2i.errors import EXIT_HANG, EXIT_LOST
 
 CABLE, ADDRESSES = "cable", ("10.77.0.1", "10.77.0.2")
 HANG_S = 4
-pytestmark = pytest.mark.usefixtures("one_thread_before_a_fork")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread_before_a_fork")]
 
 
 def ip(*arguments: str) -> None:
