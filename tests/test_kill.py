@@ -101,6 +101,22 @@ def test_killed_inside_a_save(trainer, whole, monkeypatch):
         assert_is(whole, again)
 
 
+def test_a_prune_that_was_killed_after_the_last_step_is_done_by_the_next_start(trainer):
+    """Nothing is left to train then, and nothing to save."""
+    flags = FLAGS + " --checkpoints-total-limit 1"
+
+    def die_in_the_last_prune(operation: str, path: Path) -> None:
+        if operation == "unlink" and path.name == f"step-{STEPS - 1}.pt":
+            die()
+
+    child = start(trainer, "run", flags, before=lambda: setattr(storage, "before", die_in_the_last_prune))
+    assert child.ends() == -signal.SIGKILL
+    run = RunFolder(trainer.root / "run")
+    assert run.steps() == [STEPS, STEPS - 1]
+    trainer.run("run", flags)
+    assert run.steps() == [STEPS]
+
+
 # -- signals ---------------------------------------------------------------------------------------------------------
 
 

@@ -70,6 +70,8 @@ def loop(run: Run) -> int:
         run.log.flush(state.clock.tick, state.clock.step, state.samples_seen)
         if stepped and after_step(run):
             return EXIT_PREEMPTED
+    if engine.is_main:  # an earlier start may have been killed in its last prune
+        run.folder.prune(cfg.checkpoints_total_limit or None)
     return EXIT_DONE
 
 
