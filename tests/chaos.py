@@ -7,7 +7,8 @@ A kill comes at a random change of the disk in a save or a prune, half of a file
 life; it takes the main process, the worker, or both.  Who is left must end by itself: told of the loss, or, when the
 other died before they met, by its watchdog.  After every kill each
 checkpoint with a record must verify; at the end every file of every checkpoint and every line of the logs must be that
-of a run that nobody killed.  One line a history, then a summary; the exit code is 1 if anything was wrong.
+of a run that nobody killed.  One line a history, then a summary; the exit code is 1 if anything was wrong.  SIGTERM and
+Ctrl-C end it early, with the summary of what was done.
 
 Every process is forked from this one, which keeps to one thread and has the libraries and the models in memory.
 """
@@ -87,6 +88,7 @@ class Tally:
 class Chaos:
     def __init__(self, root: Path, chance: random.Random) -> None:
         self.root, self.chance, self.tally = root, chance, Tally()
+        self.children: list[Child] = []  # of the last life
         self.wholes: dict[Case, tuple[Path, float, int]] = {}  # folder, seconds of a life, changes of the disk a step
         self.shared = mmap.mmap(-1, 1)
         data = root / "data"
@@ -117,8 +119,10 @@ class Chaos:
                 storage.before = lambda name, path: on_change(name, path) if "checkpoints" in path.parts else None
 
         if case.world == 1:
-            return [forked.train(arguments, output, before)]
-        return forked.train_world(arguments, output, case.world, before)
+            self.children = [forked.train(arguments, output, before)]
+        else:
+            self.children = forked.train_world(arguments, output, case.world, before)
+        return self.children
 
     def whole(self, case: Case) -> tuple[Path, float, int]:
         """The run that nobody kills."""
@@ -326,7 +330,12 @@ def main() -> int:
     assert train  # everything is imported before the first fork
     root = Path(tempfile.mkdtemp(prefix="chaos-", dir=given.root))
     begun, chaos = time.monotonic(), Chaos(root, random.Random(given.seed))
-    chaos.until(given.kills)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        chaos.until(given.kills)
+    except KeyboardInterrupt:
+        for child in chaos.children:
+            child.send(signal.SIGKILL)
     result = summary(chaos.tally, (time.monotonic() - begun) / 60, given.seed)
     text = json.dumps(result, indent=1) + "\n"
     print(text, end="")
