@@ -5,10 +5,9 @@
 A history is one run: a method, a seed and a world size of 1 or 2, killed (SIGKILL) several times, then left to its end.
 A kill comes at a random change of the disk in a save or a prune, half of a file written, or at any time of the process's
 life; it takes the main process, the worker, or both.  Who is left must end by itself: told of the loss, or, when the
-other died before they met, by its watchdog.  After every kill each
-checkpoint with a record must verify; at the end every file of every checkpoint and every line of the logs must be that
-of a run that nobody killed.  One line a history, then a summary; the exit code is 1 if anything was wrong.  SIGTERM and
-Ctrl-C end it early, with the summary of what was done.
+other died before they met, by its watchdog.  After every kill each checkpoint with a record must verify; at the end
+every file of every checkpoint and every line of the logs must be that of a run that nobody killed.  One line a history,
+then a summary; the exit code is 1 if anything was wrong.  SIGTERM and Ctrl-C end it early, with the summary.
 
 Every process is forked from this one, which keeps to one thread and has the libraries and the models in memory.
 """
