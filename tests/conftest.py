@@ -8,15 +8,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the tokenizer's threads do not survive a fork
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import copy
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from trainer import Trainer, flags_of
+from trainer import Trainer, flags_of, remember_models
 
 
 @pytest.fixture(autouse=True)
@@ -26,6 +24,17 @@ def _one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
     if torch is None or request.node.get_closest_marker("slow"):
         yield
         return
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def one_thread_before_a_fork() -> Iterator[None]:
+    """OpenMP's threads do not survive a fork: a child waits for them for ever.  For slow tests that fork."""
+    import torch
+
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -105,33 +114,9 @@ def pairs_folder(store: Path, sdxl_folder: Path, prompts_file: Path) -> Path:
     return out
 
 
-_LOADED: dict[tuple, Any] = {}
-
-
 @pytest.fixture
 def models_from_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs get copies of models that were read from disk once: reading is half of a tiny run's time."""
-    import diffusers
-
-    from train_t2i.families import sdxl
-
-    def remembered(name: str) -> Callable[..., Any]:
-        load = getattr(sdxl, name)
-
-        def loader(*arguments: Any) -> Any:
-            key = (name, *arguments)
-            if key not in _LOADED:
-                _LOADED[key] = load(*arguments)
-            kept = _LOADED[key]
-            if not isinstance(kept, diffusers.DiffusionPipeline):
-                return copy.deepcopy(kept)
-            parts = {part: kept.components[part] for part in kept.config if part in kept.components}
-            return type(kept)(**{**parts, "vae": copy.deepcopy(kept.vae)}, add_watermarker=False)
-
-        return loader
-
-    for name in ("_load_pipeline", "_load_unet", "_load_part"):
-        monkeypatch.setattr(sdxl, name, remembered(name))
+    remember_models(monkeypatch.setattr)
 
 
 # -- training inside this process ------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ ROOMS = {
     "families": {"schedule"},
     "methods": {"networks", "sampling", "losses", "schedule", "randomness", "families.base", "config"},
     "engine": set(),
+    "watchdog": set(),
     "checkpoint": {"engine"},
     "train": {
         "config",
@@ -42,7 +43,7 @@ ROOMS = {
         "families",
         "rewards",
         "randomness",
-        *("build", "feed", "sheet", "run", "resume"),  # its own parts, which other verbs share
+        *("build", "feed", "sheet", "run", "resume", "watchdog"),  # its own parts, which other verbs share
     },
     "launch": set(),
     "rewards": set(),
@@ -53,6 +54,7 @@ ANNEXES = {
     "cli": "config",
     "config_checks": "config",
     "storage": "checkpoint",
+    "peers": "engine",
     "tables": "data",
 }
 # room -> the third-party packages it may import; a room that is not named may import any that is not reserved.

@@ -14,13 +14,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
+import forked
 import pytest
 import tiny
 import torch
+from forked import Child, InSave, die, ticks, until
 
 from train_t2i import storage
 from train_t2i.checkpoint import RunFolder
@@ -28,63 +29,11 @@ from train_t2i.errors import EXIT_DISK, EXIT_LOCKED, EXIT_PREEMPTED
 
 STEPS = 4
 FLAGS = f"--batch-size 1 --max-train-steps {STEPS} --checkpoint-steps 1 --auto-resume"
-
-
-@dataclass
-class Child:
-    """A training run in a process of its own."""
-
-    pid: int
-    output: Path
-    code: int | None = None
-
-    def alive(self) -> bool:
-        if self.code is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            self.code = os.waitstatus_to_exitcode(status) if pid else None
-        return self.code is None
-
-    def send(self, number: int) -> None:
-        if self.alive():
-            os.kill(self.pid, number)
-
-    def ends(self) -> int:
-        if self.code is None:
-            self.code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-        return self.code
-
-    def said(self) -> str:
-        return self.output.read_text(errors="replace")
+pytestmark = pytest.mark.usefixtures("one_thread_before_a_fork")
 
 
 def start(trainer, name: str, more: str = FLAGS, before: Callable[[], object] = lambda: None, method="dmdr") -> Child:
-    from train_t2i.__main__ import main
-
-    arguments, output = trainer.arguments(name, more, method), trainer.root / f"{name}.out"
-    pid = os.fork()
-    if pid:
-        return Child(pid, output)
-    code = 1
-    try:
-        sys.stdout = sys.stderr = open(output, "a", buffering=1)  # noqa: SIM115 - the process ends with it
-        before()
-        code = main(arguments)
-    finally:
-        sys.stderr.flush()
-        os._exit(code)
-
-
-def until(child: Child, condition: Callable[[], object], limit_s: float = 120) -> None:
-    end = time.monotonic() + limit_s
-    while not condition():
-        assert child.alive(), f"ended with {child.code} too early: {child.said()}"
-        assert time.monotonic() < end, child.said()
-        time.sleep(0.01)
-
-
-def ticks(root: Path) -> int:
-    file = root / "loss_logs" / "loss_gui_log.jsonl"
-    return file.read_text().count("\n") if file.exists() else 0
+    return forked.train(trainer.arguments(name, more, method), trainer.root / f"{name}.out", before)
 
 
 def assert_is(whole: Path, run: Path, step: int = STEPS) -> None:
@@ -95,15 +44,6 @@ def assert_is(whole: Path, run: Path, step: int = STEPS) -> None:
     assert all(RunFolder(run).damage(RunFolder(run).record(step)) is None for step in RunFolder(run).steps())
     assert not list((run / "checkpoints").glob("*/.tmp-*"))
     assert (run / ".exit_code").read_text() == "0\n"
-
-
-@pytest.fixture(autouse=True)
-def _one_thread_before_a_fork() -> Iterator[None]:
-    """OpenMP's threads do not survive a fork: a child waits for them for ever.  The slow tests here fork too."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -145,23 +85,6 @@ def operations_of_a_save(monkeypatch, trainer) -> int:
     return count[0]
 
 
-class InSave:
-    """At the n-th change of the disk in the save of a step, do something."""
-
-    def __init__(self, step: int, nth: int, action: Callable[[], object]) -> None:
-        self.name, self.left, self.action = f"step-{step}", nth, action
-
-    def __call__(self, operation: str, path: Path) -> None:
-        if self.name in str(path):
-            self.left -= 1
-            if self.left == 0:
-                self.action()
-
-
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
 def test_killed_inside_a_save(trainer, whole, monkeypatch):
     """At the first change of the disk, at the last, and between; a checkpoint is complete or it is not there."""
     count = operations_of_a_save(monkeypatch, trainer)
@@ -176,6 +99,22 @@ def test_killed_inside_a_save(trainer, whole, monkeypatch):
         assert all(RunFolder(run).damage(RunFolder(run).record(step)) is None for step in steps)
         again = trainer.run(name, FLAGS)
         assert_is(whole, again)
+
+
+def test_a_prune_that_was_killed_after_the_last_step_is_done_by_the_next_start(trainer):
+    """Nothing is left to train then, and nothing to save."""
+    flags = FLAGS + " --checkpoints-total-limit 1"
+
+    def die_in_the_last_prune(operation: str, path: Path) -> None:
+        if operation == "unlink" and path.name == f"step-{STEPS - 1}.pt":
+            die()
+
+    child = start(trainer, "run", flags, before=lambda: setattr(storage, "before", die_in_the_last_prune))
+    assert child.ends() == -signal.SIGKILL
+    run = RunFolder(trainer.root / "run")
+    assert run.steps() == [STEPS, STEPS - 1]
+    trainer.run("run", flags)
+    assert run.steps() == [STEPS]
 
 
 # -- signals ---------------------------------------------------------------------------------------------------------

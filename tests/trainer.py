@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 
 def flags_of(root: Path, sdxl: Path, tiny_vae: Path, prompts: Path, images: Path, pairs: Path) -> dict[str, str]:
@@ -56,3 +58,44 @@ class Trainer:
         ended = self.ends(name, more, method)
         assert ended.code == 0, ended.err
         return self.root / name
+
+
+_LOADED: dict[tuple, Any] = {}
+_SPARE: dict[int, list[Any]] = {}  # id of what was loaded -> copies of it, made before they are needed
+
+
+def remember_models(replace: Callable[[Any, str, Any], object] = setattr) -> None:
+    """Runs get copies of models that were read from disk once: reading is half of a tiny run's time."""
+    import diffusers
+
+    from train_t2i.families import sdxl
+
+    def remembered(name: str) -> Callable[..., Any]:
+        load = getattr(sdxl, name)
+
+        def loader(*arguments: Any) -> Any:
+            key = (name, *arguments)
+            if key not in _LOADED:
+                _LOADED[key] = load(*arguments)
+            kept = _LOADED[key]
+            if not isinstance(kept, diffusers.DiffusionPipeline):
+                return _copy(kept)
+            parts = {part: kept.components[part] for part in kept.config if part in kept.components}
+            return type(kept)(**{**parts, "vae": _copy(kept.vae)}, add_watermarker=False)
+
+        return loader
+
+    for name in ("_load_pipeline", "_load_unet", "_load_part"):
+        replace(sdxl, name, remembered(name))
+
+
+def _copy(kept: Any) -> Any:
+    spare = _SPARE.get(id(kept))
+    return spare.pop() if spare else copy.deepcopy(kept)
+
+
+def make_copies(count: int) -> None:
+    """Copies of all models for processes that will be forked: each takes its own from the memory it inherits."""
+    for kept in _LOADED.values():
+        model = getattr(kept, "vae", kept)
+        _SPARE[id(model)] = [copy.deepcopy(model) for _ in range(count)]

@@ -102,6 +102,10 @@ class Config:
     checkpoints_total_limit: int = flag(0, "keep this many checkpoints; 0: all", resume="free", low=0)
     resume_ckpt: str | None = flag(None, "torch_units/step-N.pt to go on from, or latest", resume="free")
     auto_resume: bool = flag(False, "go on from this run's newest checkpoint where there is one", resume="free")
+    hang_seconds: int = flag(
+        1800, "end a process that stood still for so long (three times it up to the first step); 0: never",
+        resume="free", low=0,
+    )  # fmt: skip
     max_skipped: int = flag(20, "stop after so many non-finite updates in a row", resume="free", low=1)
     report_to: str = flag("jsonl", "comma list of jsonl, wandb, tensorboard (jsonl is always on)", resume="free")
     teacher_num_steps: int = flag(25, "network calls of the teacher's sample images", resume="free", low=1, high=500)

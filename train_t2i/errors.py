@@ -7,8 +7,9 @@ EXIT_DONE = 0
 EXIT_USER = 2  # the user's mistake, corrupt input included
 EXIT_NON_FINITE = 4
 EXIT_DISK = 5
-EXIT_HANG = 6
+EXIT_HANG = 6  # this process stood still
 EXIT_LOCKED = 7
+EXIT_LOST = 8  # another process of this run ended or cannot be reached
 EXIT_PREEMPTED = 75  # stopped by a signal, saved, can be resumed
 
 

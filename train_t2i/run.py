@@ -19,6 +19,7 @@ from train_t2i.methods import Method
 from train_t2i.methods.base import Clock
 from train_t2i.networks import Networks
 from train_t2i.sheet import SampleSheet
+from train_t2i.watchdog import Watchdog
 
 REPEAT_SECONDS = 0.3  # `timeout` and some launchers send one signal twice: to the process and to its group
 
@@ -104,5 +105,10 @@ class Run:
     sheet: SampleSheet
     state: State
     stop: StopRequest
+    watch: Watchdog
     saver: Saver = field(default_factory=Saver)
     saved_at: float = field(default_factory=time.monotonic)
+
+    def begin(self, phase: str) -> None:
+        """Tell the watchdog that a phase of the loop begins: tick, sample, save."""
+        self.watch.beat(phase, self.state.clock.tick, self.state.clock.step)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from train_t2i import __version__, build, cli, log
+from train_t2i import __version__, build, cli, log, peers
 from train_t2i.checkpoint import RunFolder
 from train_t2i.config import Config, DMDRConfig, Settings
 from train_t2i.engine import AdamSettings, Engine
@@ -23,6 +23,7 @@ from train_t2i.resume import check_resumable, find_checkpoint, kept_batch, owns,
 from train_t2i.run import Run, State, StopRequest
 from train_t2i.sheet import SampleSheet, sheet_prompts
 from train_t2i.storage import FULL
+from train_t2i.watchdog import Watchdog, longest_wait_s
 
 START: dict[str, Any] = {"step": 0, "manifest": {}}  # what a run without a checkpoint goes on from
 
@@ -46,8 +47,10 @@ def loop(run: Run) -> int:
     """Train to ``max_train_steps``; returns the exit code."""
     cfg, engine, method, state = run.settings.run, run.engine, run.method, run.state
     ticks = run.feed.ticks(state.samples_seen)
+    run.begin("sample")
     run.sheet.draw(state.clock.step)
     while state.clock.step < cfg.max_train_steps:
+        run.begin("tick")
         engine.seed(cfg.seed, state.clock.tick)
         rollouts = [method.rollout(batch, state.clock) for batch in next(ticks)]
         roles = method.roles_at(state.clock)
@@ -68,6 +71,8 @@ def loop(run: Run) -> int:
         run.log.flush(state.clock.tick, state.clock.step, state.samples_seen)
         if stepped and after_step(run):
             return EXIT_PREEMPTED
+    if engine.is_main:  # an earlier start may have been killed in its last prune
+        run.folder.prune(cfg.checkpoints_total_limit or None)
     return EXIT_DONE
 
 
@@ -82,8 +87,10 @@ def after_step(run: Run) -> bool:
         raise UserError("the main process could not save", "see its message", EXIT_DISK)
     last = step >= cfg.max_train_steps
     if cfg.sample_steps and (step % cfg.sample_steps == 0 or last):
+        run.begin("sample")
         run.sheet.draw(step)
     if stopping or last or on_time or (cfg.checkpoint_steps and step % cfg.checkpoint_steps == 0):
+        run.begin("save")
         save(run)
     if stopping or last:
         run.saver.wait()
@@ -112,7 +119,7 @@ def count_skipped(run: Run, role: Role, skipped: bool) -> None:
 # ==== building ======================================================================================================
 
 
-def prepare(settings: Settings, folder: RunFolder, engine: Engine, stop: StopRequest) -> Run:
+def prepare(settings: Settings, folder: RunFolder, engine: Engine, stop: StopRequest, watch: Watchdog) -> Run:
     """Cheap checks first, then models, then the checkpoint."""
     cfg, kind = settings.run, METHODS[settings.run.method]
     resume_from = find_checkpoint(cfg, folder)
@@ -148,7 +155,7 @@ def prepare(settings: Settings, folder: RunFolder, engine: Engine, stop: StopReq
         told += told_of_batch(cfg, record, engine, batch)
     feed = Feed(data, cfg.seed, *batch, engine.rank, engine.world, workers)
     quiet_log = log.RunLog(folder.root, method.columns, is_main=False)
-    run = Run(settings, folder, engine, networks, method, feed, quiet_log, SampleSheet.none(), State(), stop)
+    run = Run(settings, folder, engine, networks, method, feed, quiet_log, SampleSheet.none(), State(), stop, watch)
     if resume_from:
         restore(run, resume_from)
     # what comes after the checkpoint is written again; without one of its own, everything is
@@ -251,13 +258,17 @@ def main(arguments: Sequence[str]) -> int:
         return EXIT_DONE
     settings = build.resolved(cli.parse(arguments))
     folder = RunFolder(Path(settings.run.output_dir) / settings.run.exp_name)
-    with StopRequest() as stop:
-        engine = Engine(settings.run.mixed_precision, settings.run.max_grad_norm, settings.run.backend)
+    cfg = settings.run
+    rank = int(os.environ.get("RANK", "0"))  # the meeting of the processes is watched already
+    watch = Watchdog(folder.root, cfg.hang_seconds, rank)
+    with peers.told_when_lost(), StopRequest() as stop, watch:
+        engine = Engine(cfg.mixed_precision, cfg.max_grad_norm, cfg.backend, longest_wait_s(cfg.hang_seconds))
+        watch.met()
         with folder.lock() if engine.is_main else contextlib.nullcontext():
-            return train(settings, folder, engine, stop)
+            return train(settings, folder, engine, stop, watch)
 
 
-def train(settings: Settings, folder: RunFolder, engine: Engine, stop: StopRequest) -> int:
+def train(settings: Settings, folder: RunFolder, engine: Engine, stop: StopRequest, watch: Watchdog) -> int:
     """Run under the lock.  ``.exit_code`` says how it ended, since launchers wrap codes; none: killed, or still running."""
     marker = folder.root / ".exit_code"
     code = -1  # an error that is nobody's mistake
@@ -265,21 +276,22 @@ def train(settings: Settings, folder: RunFolder, engine: Engine, stop: StopReque
         if engine.is_main:
             marker.unlink(missing_ok=True)
             folder.clean()
-        code = prepare_and_loop(settings, folder, engine, stop)
+        with peers.told_when_lost():  # here for the marker, and outside for what comes later
+            code = prepare_and_loop(settings, folder, engine, stop, watch)
     except UserError as error:
         code = error.exit_code
         raise
     finally:
-        if engine.is_main:
+        if engine.is_main and not watch.fired:
             with contextlib.suppress(OSError):  # the disk may be full
                 marker.write_text(f"{code}\n")
         engine.close()
     return code
 
 
-def prepare_and_loop(settings: Settings, folder: RunFolder, engine: Engine, stop: StopRequest) -> int:
+def prepare_and_loop(settings: Settings, folder: RunFolder, engine: Engine, stop: StopRequest, watch: Watchdog) -> int:
     try:
-        run = prepare(settings, folder, engine, stop)
+        run = prepare(settings, folder, engine, stop, watch)
         try:
             code = loop(run)
             run.saver.wait()

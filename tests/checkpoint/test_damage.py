@@ -12,7 +12,7 @@ import xxhash
 from saved import assert_holds, files_of
 
 from train_t2i import storage
-from train_t2i.checkpoint import RunFolder, run_of
+from train_t2i.checkpoint import Part, RunFolder, run_of
 from train_t2i.errors import EXIT_USER, UserError
 
 
@@ -75,6 +75,20 @@ def test_damage_falls_back_with_a_warning_and_refuses_by_name(
         shutil.rmtree(path) if damage == "folder" else path.unlink(missing_ok=True)
         path.write_bytes(whole)
     assert_holds(saved, saved.record(2), 2)
+
+
+def test_files_that_changed_places_within_a_step(saved: RunFolder, caplog: pytest.LogCaptureFixture) -> None:
+    """Each is whole, of the right size and step, and loads: it is only not where it was saved."""
+    numbers = {"accelerator_1": 1.0, "accelerator_2": 2.0}
+    saved.save(3, {name: Part({"model": {"a": torch.full((9,), value)}}) for name, value in numbers.items()}, {})
+    first, second = (saved.folder / f"{name}/step-3/model.safetensors" for name in numbers)
+    wholes = first.read_bytes(), second.read_bytes()
+    first.write_bytes(wholes[1])
+    second.write_bytes(wholes[0])
+    with caplog.at_level(logging.WARNING):
+        assert saved.latest() == saved.record(2)
+    assert str(first) in caplog.text
+    assert_refused(saved, saved.record(3), str(first))
 
 
 def sealed(content: object) -> bytes:

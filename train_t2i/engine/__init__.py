@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from datetime import timedelta
 
 import numpy as np
 import torch
@@ -40,8 +41,9 @@ class StepReport:
 class Engine:
     """Device, processes, precision, and the optimizers of the trained roles."""
 
-    def __init__(self, mixed_precision: str, max_grad_norm: float, backend: str = "auto") -> None:
-        self.state = start_processes()
+    def __init__(self, mixed_precision: str, max_grad_norm: float, backend: str = "auto", wait_s: float = 1800) -> None:
+        """``wait_s``: how long a collective waits for the other processes before it raises."""
+        self.state = start_processes(timedelta(seconds=wait_s))
         self.device = self.state.device
         self.rank, self.world = self.state.process_index, self.state.num_processes
         self.dtype = DTYPES[mixed_precision]

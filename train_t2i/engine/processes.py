@@ -13,11 +13,11 @@ from train_t2i.errors import UserError
 SHARDED = ("fsdp2", "zero2", "zero3")
 
 
-def start_processes(timeout: timedelta | None = None) -> PartialState:
+def start_processes(timeout: timedelta) -> PartialState:
     """This process among those of the launch.  Raises UserError where the launcher started others than it was asked for."""
     # accelerate would start DeepSpeed's communication by itself; ours starts with plain torch on every backend
     os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
-    state = PartialState(cpu=_on_cpu(), **({"timeout": timeout} if timeout else {}))
+    state = PartialState(cpu=_on_cpu(), timeout=timeout)
     _assert_world(state.num_processes)
     return state
 
