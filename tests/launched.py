@@ -118,6 +118,67 @@ def _saved_again(rank: int) -> Iterator[None]:
 
 
 @contextmanager
+def _counted(rank: int) -> Iterator[None]:
+    """Bytes given to collectives in the second step of a run whose steps are two ticks; see TRAFFIC."""
+    from train_t2i import train
+    from train_t2i.log import RunLog
+
+    flush: Callable[..., None] = RunLog.flush
+    loop = train.loop
+
+    def counted(self: RunLog, tick: int, *rest: Any) -> None:
+        flush(self, tick, *rest)
+        TRAFFIC.on = tick in (2, 3)
+
+    def sized(run: Any) -> int:
+        def count(parameters: Any) -> int:
+            return sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
+
+        networks = run.networks
+        TRAFFIC.begin({name: count(net.parameters()) for name, net in networks.modules.items()})
+        TRAFFIC.sizes |= {role: count(networks.parameters(role)) for role in run.method.trains}
+        return loop(run)
+
+    with mock.patch.object(RunLog, "flush", counted), mock.patch.object(train, "loop", sized):
+        yield
+
+
+class Traffic:
+    """What goes through torch.distributed, by the whole tensor of each call: what is reduced, and what is gathered."""
+
+    REDUCES = ("all_reduce", "reduce", "reduce_scatter_single", "reduce_scatter_tensor")
+    GATHERS = ("all_gather_single", "all_gather_into_tensor")
+
+    def __init__(self) -> None:
+        self.on = False
+        self.begin({})
+
+    def begin(self, sizes: dict[str, int]) -> None:
+        self.sizes, self.bytes = sizes, {"reduced": 0, "gathered": 0}
+
+    def watch(self) -> None:
+        """To be called before any library keeps the functions."""
+        import torch
+        import torch.distributed as dist
+
+        def wrapped(call: Callable[..., Any], kind: str) -> Callable[..., Any]:
+            def counting(*arguments: Any, **named: Any) -> Any:
+                if self.on:
+                    tensors = [a for a in (*arguments, *named.values()) if isinstance(a, torch.Tensor)]
+                    self.bytes[kind] += max(tensor.nbytes for tensor in tensors)
+                return call(*arguments, **named)
+
+            return counting
+
+        for kind, names in (("reduced", self.REDUCES), ("gathered", self.GATHERS)):
+            for name in names:
+                setattr(dist, name, wrapped(getattr(dist, name), kind))
+
+
+TRAFFIC = Traffic()
+
+
+@contextmanager
 def _none(rank: int) -> Iterator[None]:
     yield
 
@@ -128,6 +189,7 @@ FAULTS = {
     "signal": _signal,
     "no_common_disk": _no_common_disk,
     "saved_again": _saved_again,
+    "counted": _counted,
 }
 
 
@@ -135,20 +197,24 @@ def child(plan_file: str) -> None:
     import torch
 
     torch.set_num_threads(1)
+    TRAFFIC.watch()
     from train_t2i.__main__ import main
     from train_t2i.engine import Engine, PartialState
 
     plan: dict[str, Any] = json.loads(Path(plan_file).read_text())
-    rank, written, codes = int(os.environ["RANK"]), [], {}
+    rank, written, codes, traffic = int(os.environ["RANK"]), [], {}, {}
     Engine.close = lambda self: None  # type: ignore[method-assign]  # the processes stay together for the next run
     if rank == 1:
         watch_writes(plan["root"], written)
     for name, arguments, fault in plan["runs"]:
         with FAULTS[fault](rank):
             codes[name] = main(arguments)
+        if fault == "counted":
+            traffic[name] = {"sizes": TRAFFIC.sizes, "bytes": TRAFFIC.bytes}
         PartialState().wait_for_everyone()  # the next run may read what the first process wrote
     state = PartialState()
     result = {"codes": codes, "written": written, "world": state.num_processes, "backend": state.backend}
+    result["traffic"] = traffic
     Path(f"{plan_file}.{rank}").write_text(json.dumps(result))
     torch.distributed.destroy_process_group()
 

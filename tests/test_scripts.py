@@ -142,6 +142,22 @@ def test_several_processes_start_by_accelerate(tmp_path: Path) -> None:
     assert starter(tmp_path, NUM_PROCESSES="8", **node) == f"{accelerate} 16 {place} -m"
 
 
+@pytest.mark.parametrize(("backend", "kind"), [("fsdp2", "FSDP"), ("zero2", "DEEPSPEED"), ("zero3", "DEEPSPEED")])
+def test_a_backend_is_a_config_of_accelerate(backend: str, kind: str, tmp_path: Path) -> None:
+    file = ROOT / "scripts" / "accelerate" / f"{backend}.yaml"
+    assert f"--config_file {file} " in starter(tmp_path, NUM_PROCESSES="2", BACKEND=backend)
+    config = yaml.safe_load(file.read_text())
+    assert config["distributed_type"] == kind
+    assert kind == "FSDP" or config["deepspeed_config"]["zero_stage"] == int(backend[-1])
+
+
+def test_an_unknown_backend_is_refused(tmp_path: Path) -> None:
+    done = tiny_launcher("cold_start_sdxl", tmp_path, BACKEND="zero9")
+    assert done.returncode == 2
+    assert "BACKEND=zero9: unknown" in done.stderr
+    assert "ddp, fsdp2, zero2, zero3" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("visible", "processes"), [("0,3", 2), ("GPU-1a,GPU-1b,GPU-1c", 3), ("2", 1), ("", 1), ("-1", 1), ("0,1,-1,2", 2)]
 )
@@ -246,13 +262,14 @@ def test_a_tiny_launcher_runs_in_an_empty_folder(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_signal_to_the_launcher_of_two_processes_saves(tmp_path: Path) -> None:
+@pytest.mark.parametrize("backend", ["ddp", "fsdp2", "zero2"])
+def test_a_signal_to_the_launcher_of_two_processes_saves(backend: str, tmp_path: Path) -> None:
     """Launcher, accelerate, torch's agent, two processes on the CPU: the signal passes through all of them."""
     run = tmp_path / "runs" / "cold_start_sdxl_4step"
     script = ROOT / "scripts" / "single_node" / "cold_start_sdxl_4step.sh"
     clean = {k: v for k, v in os.environ.items() if k not in ("OUTPUT_DIR", "DATA_PATH_TRAIN", "NUM_MACHINES")}
     clean |= {"TINY": "1", "NUM_PROCESSES": "2", "VIRTUAL_ENV": sys.prefix, "OMP_NUM_THREADS": "1"}
-    clean |= {"ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
+    clean |= {"BACKEND": backend, "ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
     flags = ["--sample-steps", "0", "--batch-size", "1", "--ratio-update", "4", "--checkpoint-steps", "0"]
     with open(tmp_path / "out", "w") as out:
         launcher = subprocess.Popen(["bash", script, *flags], cwd=tmp_path, env=clean, stdout=out, stderr=out)
@@ -269,7 +286,8 @@ def test_a_signal_to_the_launcher_of_two_processes_saves(tmp_path: Path) -> None
     said = (tmp_path / "out").read_text()[-3000:]
     assert (run / ".exit_code").read_text() == "75\n", said
     (record,) = (run / "checkpoints" / "torch_units").iterdir()
-    assert torch.load(record, weights_only=True)["world_size"] == 2
+    saved = torch.load(record, weights_only=True)
+    assert (saved["world_size"], saved["backend"]) == (2, backend)
 
 
 def multi_node(*flags: str, **environment: str) -> subprocess.CompletedProcess[str]:

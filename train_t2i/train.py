@@ -79,24 +79,37 @@ def loop(run: Run) -> int:
 def after_step(run: Run) -> bool:
     """Sample and save what is due at a step boundary; True if the run was asked to stop (and has saved)."""
     cfg, step = run.settings.run, run.state.clock.step
-    minutes = (time.monotonic() - run.saved_at) / 60
-    due = cfg.checkpoint_minutes > 0 and minutes >= cfg.checkpoint_minutes
-    stopping, on_time, failed = run.engine.any_process(run.stop.asked, due, run.saver.failed)
-    if failed:
-        run.saver.wait()  # raises where it failed
-        raise UserError("the main process could not save", "see its message", EXIT_DISK)
     last = step >= cfg.max_train_steps
     if cfg.sample_steps and (step % cfg.sample_steps == 0 or last):
         run.begin("sample")
         run.sheet.draw(step)
+    minutes = (time.monotonic() - run.saved_at) / 60
+    due = cfg.checkpoint_minutes > 0 and minutes >= cfg.checkpoint_minutes
+    stopping, on_time, failed = run.engine.any_process(run.stop.asked, due, run.saver.failed)
+    if failed:
+        finish_save(run)
     if stopping or last or on_time or (cfg.checkpoint_steps and step % cfg.checkpoint_steps == 0):
         run.begin("save")
         save(run)
     if stopping or last:
-        run.saver.wait()
+        finish_save(run)
     if stopping and not last:
         run.log.say(f"stopped by a signal after step {step}; saved; go on with --auto-resume")
     return stopping and not last
+
+
+def finish_save(run: Run) -> None:
+    """Wait until the checkpoint is on the disk.  Raises UserError on all processes where the main one could not write it."""
+    failure: Exception | None = None
+    try:
+        run.saver.wait()
+    except Exception as error:
+        failure = error
+    failed = run.engine.any_process(failure is not None)[0]
+    if failure is not None:
+        raise failure
+    if failed:
+        raise UserError("the main process could not save", "see its message", EXIT_DISK)
 
 
 def count_skipped(run: Run, role: Role, skipped: bool) -> None:
@@ -293,9 +306,7 @@ def prepare_and_loop(settings: Settings, folder: RunFolder, engine: Engine, stop
     try:
         run = prepare(settings, folder, engine, stop, watch)
         try:
-            code = loop(run)
-            run.saver.wait()
-            return code
+            return loop(run)
         finally:
             run.saver.close()
             run.log.close()

@@ -81,7 +81,7 @@ class Parser(argparse.ArgumentParser):
 
 def parser() -> Parser:
     made = Parser(
-        prog="multi.sh",
+        prog="python -m train_t2i launch",
         description="Starts one training script on several machines: here, and on the workers over SSH.  A setting comes "
         "from its flag, else from the environment (MASTER_ADDR=...), else from --env-file.  Other flags go to train.",
         allow_abbrev=False,
