@@ -206,7 +206,6 @@ def _load_whole(state: Mapping[str, Any], pieces: Sequence[Piece], saved: Mappin
     for key, value in state.items():
         if not isinstance(value, Tensor) or value.ndim == 0:
             continue
-        value.zero_()  # padding
         for piece in pieces:
             piece.of(value).copy_(_part(saved[f"{piece.name}/{key}"], piece))
 
