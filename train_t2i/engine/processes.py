@@ -16,8 +16,12 @@ SHARDED = ("fsdp2", "zero2", "zero3")
 def start_processes(timeout: timedelta) -> PartialState:
     """This process among those of the launch.  Raises UserError where the launcher started others than it was asked for."""
     # accelerate would start DeepSpeed's communication by itself; ours starts with plain torch on every backend
-    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
-    state = PartialState(cpu=_on_cpu(), timeout=timeout)
+    asked = os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+    try:
+        state = PartialState(cpu=_on_cpu(), timeout=timeout)
+    finally:
+        if asked is not None:
+            os.environ["ACCELERATE_USE_DEEPSPEED"] = asked
     _assert_world(state.num_processes)
     return state
 
