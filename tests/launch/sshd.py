@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shutil
 import signal
@@ -38,17 +39,27 @@ def free_port(host: str = "127.0.0.1") -> int:
 
 def installed(program: str, *packages: str) -> None:
     """Debian's packages, where they are missing and may be installed; else the test is skipped with the reason."""
+    if reason := refused(program, *packages):
+        pytest.skip(reason)
+
+
+@functools.cache  # a mirror that does not answer is asked once
+def refused(program: str, *packages: str) -> str:
     if Path(program).exists():
-        return
+        return ""
     if os.geteuid() != 0 or not shutil.which("apt-get"):
-        pytest.skip(f"{program} is missing, and only root can install it with apt-get")
+        return f"{program} is missing, and only root can install it with apt-get"
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"}  # 1: starts no service
     for words in (["update", "-qq"], ["install", "-y", "-qq", "--no-install-recommends", *packages]):
-        done = subprocess.run(
-            ["apt-get", *words], env=environment, capture_output=True, text=True, timeout=300, check=False
-        )
+        try:
+            done = subprocess.run(
+                ["apt-get", *words], env=environment, capture_output=True, text=True, timeout=240, check=False
+            )
+        except subprocess.TimeoutExpired:
+            return f"apt-get {words[0]}: no answer in 240 s"
         if done.returncode:
-            pytest.skip(f"apt-get {words[0]}: {(done.stderr.strip().splitlines() or ['failed'])[-1]}")
+            return f"apt-get {words[0]}: {(done.stderr.strip().splitlines() or ['failed'])[-1]}"
+    return ""
 
 
 def key(folder: Path, name: str) -> None:
