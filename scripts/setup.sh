@@ -30,9 +30,9 @@ setup_digest() { # what an environment was made from: lock, project and place
 }
 
 setup_stamped() { # ENVIRONMENT DIGEST: was it made, whole, from this digest, with the extras that are asked for?
-  local extra digest extras
+  local extra digest="" extras=""
   [[ -x "$1/bin/python" && -r "$1/.train_t2i_stamp" ]] || return 1
-  { read -r digest; read -r extras || true; } <"$1/.train_t2i_stamp"
+  { read -r digest && read -r extras; } <"$1/.train_t2i_stamp" || true # one that was cut off is no stamp
   [[ "$digest" == "$2" ]] || return 1
   for extra in ${TRAIN_T2I_EXTRAS:-}; do [[ " $extras " == *" $extra "* ]] || return 1; done
 }
@@ -96,7 +96,7 @@ setup_sync() { # ENVIRONMENT DIGEST: makes it what uv.lock says
   local -a options=(--frozen --project "$SETUP_ROOT")
   uv="$(setup_uv)"
   [[ -t 2 ]] || options+=(--quiet)
-  [[ ! -r "$1/.train_t2i_stamp" ]] || { read -r digest; read -r extras || true; } <"$1/.train_t2i_stamp"
+  [[ ! -r "$1/.train_t2i_stamp" ]] || { read -r digest && read -r extras; } <"$1/.train_t2i_stamp" || true
   [[ "$digest" == "$2" ]] || extras="" # those of the same lock stay
   for extra in ${TRAIN_T2I_EXTRAS:-}; do [[ " $extras " == *" $extra "* ]] || extras="${extras:+$extras }$extra"; done
   for extra in $extras; do options+=(--extra "$extra"); done

@@ -103,19 +103,24 @@ def test_training_goes_on_bit_for_bit_on_the_same_cut(cut, eight_bit):
             assert torch.equal(mine.of(mine.tensor), theirs.of(theirs.tensor))
 
 
-@pytest.mark.parametrize(("before", "after"), [("whole", "2"), ("5", "2"), ("3", "whole")])
-def test_another_cut_has_the_same_numbers(before, after):
-    """fp32 state: bit for bit."""
-    settings = adam(False)
+def moved(before: str, after: str, settings: AdamSettings) -> tuple[RoleState, RoleState]:
+    """The state after three steps on one cut, and as another cut that loaded it saves it."""
     shares, optimizers = made(before, 0, settings)
     for pieces, optimizer in zip(shares, optimizers, strict=True):
         train(pieces, optimizer, 0, 3)
     kept = saved(shares, optimizers)
-    assert {name: tensor.shape for name, tensor in kept.model.items()} == {n: p.shape for n, p in parameters().items()}
     others, fresh = made(after, 1, settings)
     for pieces, optimizer in zip(others, fresh, strict=True):
         distribute(kept, pieces, optimizer)
     again = saved(others, fresh)
+    return kept, again
+
+
+@pytest.mark.parametrize(("before", "after"), [("whole", "2"), ("5", "2"), ("3", "whole")])
+def test_another_cut_has_the_same_numbers(before, after):
+    """fp32 state: bit for bit."""
+    kept, again = moved(before, after, adam(False))
+    assert {name: tensor.shape for name, tensor in kept.model.items()} == {n: p.shape for n, p in parameters().items()}
     assert again.values == kept.values
     for first, second in ((kept.model, again.model), (kept.optimizer, again.optimizer)):
         assert first.keys() == second.keys()
@@ -125,15 +130,7 @@ def test_another_cut_has_the_same_numbers(before, after):
 @pytest.mark.parametrize(("before", "after"), [("whole", "3"), ("2", "whole"), ("2", "5")])
 def test_another_cut_of_eight_bit_state_is_quantised_anew(before, after):
     """Numbers within a step of the table (2.4 % of a block's largest is its widest gap); the codes are not carried over."""
-    settings = adam(True)
-    shares, optimizers = made(before, 0, settings)
-    for pieces, optimizer in zip(shares, optimizers, strict=True):
-        train(pieces, optimizer, 0, 3)
-    kept = saved(shares, optimizers)
-    others, fresh = made(after, 1, settings)
-    for pieces, optimizer in zip(others, fresh, strict=True):
-        distribute(kept, pieces, optimizer)
-    again = saved(others, fresh)
+    kept, again = moved(before, after, adam(True))
     for piece in whole(parameters()):
         for key in quantized.CODES:
             first = quantized._numbers(piece, key, kept.optimizer, kept.values["segments"][piece.name])

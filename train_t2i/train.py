@@ -13,7 +13,7 @@ from typing import Any
 
 from train_t2i import __version__, build, cli, log, peers
 from train_t2i.checkpoint import RunFolder
-from train_t2i.config import Config, DMDRConfig, Settings
+from train_t2i.config import DMDRConfig, Settings
 from train_t2i.engine import AdamSettings, Engine
 from train_t2i.errors import EXIT_DISK, EXIT_DONE, EXIT_NON_FINITE, EXIT_PREEMPTED, UserError
 from train_t2i.feed import Feed, Pairs, dataset_for
@@ -165,7 +165,7 @@ def prepare(settings: Settings, folder: RunFolder, engine: Engine, stop: StopReq
     batch = cfg.batch_size, cfg.gradient_accumulation_steps
     if resume_from and owns(folder, resume_from):
         batch = kept_batch(cfg, record, engine.world)
-        told += told_of_batch(cfg, record, engine, batch)
+        told += told_of_batch(record, engine, batch)
     feed = Feed(data, cfg.seed, *batch, engine.rank, engine.world, workers)
     quiet_log = log.RunLog(folder.root, method.columns, is_main=False)
     run = Run(settings, folder, engine, networks, method, feed, quiet_log, SampleSheet.none(), State(), stop, watch)
@@ -196,7 +196,7 @@ def trained_parameters(networks: Networks) -> str:
     return "trained parameters: " + ", ".join(f"{role} {count / 1e6:.2f} M" for role, count in counts.items())
 
 
-def told_of_batch(cfg: Config, record: dict[str, Any], engine: Engine, batch: tuple[int, int]) -> list[str]:
+def told_of_batch(record: dict[str, Any], engine: Engine, batch: tuple[int, int]) -> list[str]:
     if engine.world == record["world_size"]:
         return []
     rows, micro = batch

@@ -108,7 +108,7 @@ class Engine:
         """Average over processes, agree on finiteness, clip, step, zero."""
         scale = self.scales[role]
         norm = self.backend.gradient_norm(role, scale.scale)
-        bad = self._agree(self._bad[role] | ~torch.isfinite(norm))
+        (bad,) = self._agree((self._bad[role] | ~torch.isfinite(norm)).reshape(1))
         self._bad[role].zero_()
         if bad:
             self.backend.skip(role)
@@ -117,13 +117,12 @@ class Engine:
         scale.update(bad)
         return StepReport(float(norm), bad)
 
-    def _agree(self, flag: Tensor) -> bool:
-        """True on all processes if it is true on one."""
+    def _agree(self, flags: Tensor) -> list[bool]:
+        """Each of (N,) true on all processes if it is true on one; one vote for all."""
+        votes = flags.float()
         if self.world > 1:
-            number = flag.float()
-            dist.all_reduce(number, op=dist.ReduceOp.MAX)
-            flag = number > 0
-        return bool(flag)
+            dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+        return [vote > 0 for vote in votes.tolist()]
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
@@ -154,11 +153,8 @@ class Engine:
         return self.world == 1 or len(set(gather_object([text]))) == 1
 
     def any_process(self, *flags: bool) -> list[bool]:
-        """For each flag, whether it is set on any process; one vote for all."""
-        votes = torch.tensor(flags, dtype=torch.float32, device=self.device)
-        if self.world > 1:
-            dist.all_reduce(votes, op=dist.ReduceOp.MAX)
-        return [vote > 0 for vote in votes.tolist()]
+        """For each flag, whether it is set on any process."""
+        return self._agree(torch.tensor(flags, device=self.device))
 
     def mean(self, values: dict[str, float]) -> dict[str, float]:
         """The mean over processes, key by key."""
@@ -167,9 +163,6 @@ class Engine:
         numbers = torch.tensor(list(values.values()), dtype=torch.float64, device=self.device)
         dist.all_reduce(numbers)
         return dict(zip(values, (numbers / self.world).tolist(), strict=True))
-
-    def barrier(self) -> None:
-        self.state.wait_for_everyone()
 
     def close(self) -> None:
         self.state.destroy_process_group()

@@ -114,11 +114,13 @@ def _message(piece: Piece, key: str, tensor: Tensor, phase: int) -> tuple[Messag
 
 def _chunks(messages: Sequence[Message]) -> Iterator[list[Message]]:
     chunk: list[Message] = []
+    size = 0
     for message in messages:
-        if chunk and sum(m.bytes for m in chunk) + message.bytes > CHUNK_BYTES:
+        if chunk and size + message.bytes > CHUNK_BYTES:
             yield chunk
-            chunk = []
+            chunk, size = [], 0
         chunk.append(message)
+        size += message.bytes
     if chunk:
         yield chunk
 
@@ -163,7 +165,7 @@ class _Assembled:
     def values(self, pieces: Sequence[Piece], optimizer: Optimizer) -> dict[str, Any]:
         state = optimizer.state.get(pieces[0].tensor, {})
         step = float(state["step"]) if state else 0.0
-        found = {"optimizer": type(optimizer).__name__, "parameters": list(self.model), "step": step}
+        found = {"optimizer": type(optimizer).__name__, "step": step}
         return found | ({"segments": self.segments} if self.segments else {})
 
 
@@ -184,13 +186,14 @@ def distribute(saved: RoleState, pieces: Sequence[Piece], optimizer: Optimizer) 
             piece.of(piece.tensor).copy_(_part(saved.model[piece.name], piece))
     if saved.values["step"] == 0:
         return
-    tensors = list({id(piece.tensor): piece.tensor for piece in pieces}.values())
-    missing = [tensor for tensor in tensors if not optimizer.state.get(tensor)]
+    by_tensor: dict[Tensor, list[Piece]] = {}
+    for piece in pieces:
+        by_tensor.setdefault(piece.tensor, []).append(piece)
+    missing = [tensor for tensor in by_tensor if not optimizer.state.get(tensor)]
     if missing:
         create_state(optimizer, missing)
-    for tensor in tensors:
+    for tensor, on_it in by_tensor.items():
         state = optimizer.state[tensor]
-        on_it = [piece for piece in pieces if piece.tensor is tensor]
         if "segments" in saved.values or quantized.is_quantized(state):
             quantized.load(state, tensor, on_it, saved.optimizer, saved.values.get("segments", {}))
         else:

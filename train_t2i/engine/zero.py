@@ -62,8 +62,7 @@ class ZeRO:
     def backward(self, role: str, loss: Tensor, scale: float, last: bool) -> None:
         engine = self.engines[role]
         engine.set_gradient_accumulation_boundary(last)
-        if scale != 1:
-            engine.optimizer.override_loss_scale(scale)
+        engine.optimizer.override_loss_scale(scale)
         engine.backward(loss, scale_wrt_gas=False)
 
     def gradient_norm(self, role: str, scale: float) -> Tensor:
