@@ -1,6 +1,6 @@
-"""The tiny f8 autoencoder (diffusers' AutoencoderKL) and its fast decoder (AutoencoderTiny, as TAESDXL).
+"""The tiny f8 autoencoders (diffusers' AutoencoderKL) and a fast decoder (AutoencoderTiny, as TAESDXL).
 
-Latents are (B, 4, 8, 8) for 64 px.  Most steps see 32 px crops around the objects: the plain background has little to teach, and
+Latents are (B, 4, 8, 8) for 64 px as SDXL's, or (B, 16, 8, 8) as those of SD3 and FLUX.1.  Most steps see 32 px crops around the objects: the plain background has little to teach, and
 a crop costs a quarter; the last steps see whole pictures.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +39,20 @@ class AutoencoderRecipe:
 
 
 @dataclass(frozen=True)
+class WideAutoencoderRecipe:
+    """How the autoencoder of 16 channels goes on from the one of 4, whose inner layers it takes."""
+
+    seed: int = 13
+    latent_channels: int = 16
+    crop_steps: int = 500
+    whole_steps: int = 150
+    batch_size: int = 24
+    learning_rate: float = 2e-3
+    white_weight: float = 0.02
+    latent_noise: float = 0.08
+
+
+@dataclass(frozen=True)
 class TinyDecoderRecipe:
     """How the fast decoder is distilled."""
 
@@ -49,9 +64,10 @@ class TinyDecoderRecipe:
     learning_rate: float = 3e-3
 
 
-def new_autoencoder(channels: tuple[int, ...]) -> AutoencoderKL:
-    """An untrained AutoencoderKL with SDXL's configuration keys."""
+def new_autoencoder(channels: tuple[int, ...], latent_channels: int = 4) -> AutoencoderKL:
+    """An untrained AutoencoderKL with SDXL's configuration keys; those of 16 channels have no convolutions around the latent."""
     n = len(channels)
+    quant = latent_channels == 4
     vae = AutoencoderKL(
         in_channels=3,
         out_channels=3,
@@ -59,10 +75,12 @@ def new_autoencoder(channels: tuple[int, ...]) -> AutoencoderKL:
         up_block_types=("UpDecoderBlock2D",) * n,
         block_out_channels=channels,
         layers_per_block=1,
-        latent_channels=4,
+        latent_channels=latent_channels,
         norm_num_groups=4,
         sample_size=64,
         force_upcast=False,
+        use_quant_conv=quant,
+        use_post_quant_conv=quant,
     )
     for module in vae.modules():
         if isinstance(module, ResnetBlock2D):  # starts as the identity, which halves the steps it takes
@@ -104,7 +122,7 @@ def whiteness(z: Tensor) -> Tensor:
     return mean.square().mean() + (covariance - torch.eye(len(z[0]))).square().mean()
 
 
-def autoencoder_loss(vae: AutoencoderKL, x: Tensor, g: torch.Generator, recipe: AutoencoderRecipe) -> Tensor:
+def autoencoder_loss(vae: Any, x: Tensor, g: torch.Generator, recipe: Any) -> Tensor:
     """Reconstruction of [-1, 1] pictures from a noisy latent, and a pull of the latents towards white ones."""
     z = vae.encode(x).latent_dist.mean
     noise = recipe.latent_noise * torch.rand(len(z), 1, 1, 1, generator=g) * torch.randn(z.shape, generator=g)
@@ -113,16 +131,43 @@ def autoencoder_loss(vae: AutoencoderKL, x: Tensor, g: torch.Generator, recipe: 
 
 def fix_posterior(vae: AutoencoderKL, log_variance: float = -8.0) -> None:
     """Make the posterior's width a constant: the latent noise of training already taught the decoder to bear it."""
-    assert vae.quant_conv is not None
+    last: Any = vae.quant_conv if vae.quant_conv is not None else vae.encoder.conv_out
+    channels = vae.config.latent_channels
     with torch.no_grad():
-        vae.quant_conv.weight[4:] = 0
-        vae.quant_conv.bias[4:] = log_variance
+        last.weight[channels:] = 0
+        last.bias[channels:] = log_variance
 
 
 def train_autoencoder(world: World, recipe: AutoencoderRecipe) -> AutoencoderKL:
     """Train on [-1, 1] pictures and set ``scaling_factor`` so that latents have unit standard deviation."""
     torch.manual_seed(recipe.seed)
     vae = new_autoencoder(recipe.channels)
+    fit_autoencoder("autoencoder", vae, world, recipe)
+    fix_posterior(vae)
+    moments = encode(vae, world.images(torch.arange(512)))
+    vae.register_to_config(scaling_factor=round(vae.config.scaling_factor / float(moments.std()), 5))
+    return vae
+
+
+def train_wide_autoencoder(narrow: AutoencoderKL, world: World, recipe: WideAutoencoderRecipe) -> AutoencoderKL:
+    """From the autoencoder of 4 channels; ``shift_factor`` and ``scaling_factor`` give latents of mean 0 and deviation 1."""
+    torch.manual_seed(recipe.seed)
+    vae = new_autoencoder(tuple(narrow.config.block_out_channels), recipe.latent_channels)
+    own = vae.state_dict()
+    known = {key: value for key, value in narrow.state_dict().items() if key in own and value.shape == own[key].shape}
+    vae.load_state_dict({**own, **known})
+    fit_autoencoder("wide autoencoder", vae, world, recipe)
+    fix_posterior(vae)
+    vae.register_to_config(scaling_factor=1.0, shift_factor=0.0)
+    moments = encode(vae, world.images(torch.arange(512)))
+    vae.register_to_config(
+        scaling_factor=round(1 / float(moments.std()), 5), shift_factor=round(float(moments.mean()), 5)
+    )
+    return vae
+
+
+def fit_autoencoder(name: str, vae: Any, world: World, recipe: Any) -> None:
+    """Crops first, then whole pictures; frozen afterwards."""
     total = recipe.crop_steps + recipe.whole_steps
 
     def parts(step: int) -> list[tuple[Tensor, torch.Generator]]:
@@ -131,31 +176,28 @@ def train_autoencoder(world: World, recipe: AutoencoderRecipe) -> AutoencoderKL:
         return [(p * 2 - 1, generator(recipe.seed, step, 1 + i)) for i, p in enumerate(x.chunk(WORKERS))]
 
     fit(
-        "autoencoder",
+        name,
         lambda part: autoencoder_loss(vae, *part, recipe),
         parts,
         [p for p in vae.parameters() if p.requires_grad],
         total,
         recipe.learning_rate,
     )
-    fix_posterior(vae)
     vae.eval().requires_grad_(False)
-    moments = encode(vae, world.images(torch.arange(512)))
-    vae.register_to_config(scaling_factor=round(vae.config.scaling_factor / float(moments.std()), 5))
-    return vae
 
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, images: Tensor) -> Tensor:
-    """(B, 3, H, W) in [0, 1] -> scaled latents (B, 4, H/8, W/8), the mean of the posterior."""
+    """(B, 3, H, W) in [0, 1] -> scaled latents (B, C, H/8, W/8), the mean of the posterior."""
     chunks = [vae.encode(part * 2 - 1).latent_dist.mean for part in images.split(64)]
-    return torch.cat(chunks) * vae.config.scaling_factor
+    return (torch.cat(chunks) - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
 
 
 @torch.no_grad()
 def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     """Scaled latents -> pictures in [0, 1]."""
-    parts = [vae.decode(part / vae.config.scaling_factor).sample for part in latents.split(64)]
+    shift = vae.config.shift_factor or 0.0
+    parts = [vae.decode(part / vae.config.scaling_factor + shift).sample for part in latents.split(64)]
     return (torch.cat(parts) / 2 + 0.5).clamp(0, 1)
 
 

@@ -1,16 +1,20 @@
-"""CLIP's BPE tokenizer with its vocabulary cut to the words of this world.
+"""The tokenizers of the tiny models: their true classes, with vocabularies cut to the words of this world.
 
-The class, the byte alphabet and the order of the merges are CLIP's (from the table that open_clip carries), so any text still
-tokenises; words of the world are one token each, all others fall apart into the pieces that are left.
+CLIP's byte alphabet and the order of its merges are CLIP's own (from the table that open_clip carries), Qwen2's byte alphabet too,
+so any text still tokenises; words of the world are one token each, all others fall apart into the pieces that are left.
+T5's class knows no bytes: letters beyond Latin-1 are its unknown token, as most are in the published vocabulary.
 """
 
 from __future__ import annotations
 
 import gzip
+import json
 from pathlib import Path
 
+from diffusers.modular_pipelines.qwenimage import prompt_templates
 from open_clip.tokenizer import bytes_to_unicode, default_bpe, get_pairs
-from transformers import CLIPTokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import CLIPTokenizer, Qwen2Tokenizer, T5Tokenizer
 
 from shapes.scenes import (
     BACKGROUNDS,
@@ -90,3 +94,37 @@ def new_tokenizer(max_length: int = 77) -> CLIPTokenizer:
     vocabulary, merges = cut_vocabulary()
     pairs = [tuple(merge.split()) for merge in merges]
     return CLIPTokenizer(vocab=vocabulary, merges=pairs, model_max_length=max_length)
+
+
+def new_t5_tokenizer() -> T5Tokenizer:
+    """A T5Tokenizer of the world's words and of single letters; words win over their letters."""
+    letters = [chr(code) for code in (*range(0x21, 0x7F), *range(0xA1, 0x100))]
+    words = [word for word in world_words() if len(word) > 1]
+    pieces = [("\u2581" + word, -1.0) for word in words] + [("\u2581" + letter, -8.0) for letter in letters]
+    start = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -8.0)]
+    return T5Tokenizer(vocab=[*start, *pieces, *((letter, -8.0) for letter in letters)], extra_ids=0)
+
+
+QWEN_SPECIAL = (
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>",
+)  # fmt: skip
+
+
+def new_qwen_tokenizer() -> Qwen2Tokenizer:
+    """A Qwen2Tokenizer in which every word of the world, and of the pipelines' templates, is one token.
+
+    So the heads of the templates, which the pipelines cut off, have the lengths that they have in the published vocabulary.
+    """
+    own = Qwen2Tokenizer(vocab={letter: i for i, letter in enumerate(bytes_to_unicode().values())}, merges=[])
+    templates = [text for name, text in vars(prompt_templates).items() if name.endswith("PROMPT_TEMPLATE")]
+    texts = [" ".join(("", *world_words())), *(text for text in templates for _ in range(2))]
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = own._tokenizer.pre_tokenizer
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trained.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=100_000, initial_alphabet=sorted(alphabet), show_progress=False)
+    )
+    table = json.loads(trained.to_str())["model"]
+    made = Qwen2Tokenizer(vocab=table["vocab"], merges=[tuple(pair) for pair in table["merges"]])
+    made.add_special_tokens({"additional_special_tokens": list(QWEN_SPECIAL)})
+    return made

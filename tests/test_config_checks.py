@@ -33,7 +33,7 @@ OUT_OF_RANGE = [
     "--checkpoint-steps -1", "--checkpoint-minutes -1", "--checkpoints-total-limit -1", "--max-skipped 0",
     "--cold-start-iter -1", "--dynamic-step -1", "--gen-b 0", "--gui-b -1", "--reward-clip-weight -1",
     "--dmd-weight -1", "--batch-size-test 0", "--teacher-num-steps 0", "--teacher-cfg 0",
-    "--mixed-precision fp8", "--layout pair", "--method magic", "--model-family sd3", "--s-type-gui normal",
+    "--mixed-precision fp8", "--layout pair", "--method magic", "--model-family sd9", "--s-type-gui normal",
     "--lr-scheduler linear", "--use-lora-gen maybe", "--report-to nowhere", "--report-to ''",
     "--resolution 0", "--resolution -64", "--resolution 64x", "--resolution 64x64x64", "--resolution big",
     "--resolution 60", "--resolution 64x20", "--resolution ²",

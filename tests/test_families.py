@@ -298,7 +298,8 @@ def test_the_models_own_betas_are_used(tmp_path):
 
 def test_the_family_is_read_off_the_folder(sdxl_folder):
     assert family_of(str(sdxl_folder)) == "sdxl"
-    assert family_of("stabilityai/stable-diffusion-xl-base-1.0") == "sdxl"
+    with pytest.raises(UserError, match="--pretrained-model stabilityai/nothing-here: cannot be loaded"):
+        family_of("stabilityai/nothing-here")
 
 
 def test_lora_goes_on_every_kind_of_layer_and_a_target_that_matches_none_is_an_error(family):

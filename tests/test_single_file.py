@@ -110,5 +110,5 @@ def test_a_file_that_is_no_whole_sdxl_says_why(file, tiny_shapes, tmp_path, chan
 
 
 def test_a_tiny_decoder_is_a_folder(sdxl_folder, file):
-    with pytest.raises(UserError, match="a tiny decoder is a folder"):
+    with pytest.raises(UserError, match="is a file"):
         load_family("auto", str(sdxl_folder), tiny_vae=str(file))

@@ -85,7 +85,7 @@ def remember_models(replace: Callable[[Any, str, Any], object] = setattr) -> Non
 
         return loader
 
-    for name in ("_load_pipeline", "_load_unet", "_load_part"):
+    for name in ("_load_pipeline", "_load_unet"):
         replace(sdxl, name, remembered(name))
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import rewards
 from rewards.weights import read_state
 from train_t2i.checkpoint import RECORDS, run_of
-from train_t2i.config import Config, DMDRConfig, Settings, resolved_layout, reward_weights
+from train_t2i.config import Config, DMDRConfig, Settings, parse_resolution, resolved_layout, reward_weights
 from train_t2i.errors import UserError
 from train_t2i.families import Family, family_of, load_family
 from train_t2i.methods import METHODS, Method, RewardTerm, Setting
@@ -38,7 +38,10 @@ def build_family(run: Config, dtype: torch.dtype) -> Family:
         dtype=dtype,
         vae=run.vae,
         tiny_vae=run.tiny_vae,
-        shift=run.shift,
+        shift=run.shift or None,
+        size_px=parse_resolution(run.resolution),
+        text_length=run.text_length or None,
+        guidance=run.guidance_embed,
         checkpoint_decoder=run.gradient_checkpointing,
     )
 
@@ -46,10 +49,11 @@ def build_family(run: Config, dtype: torch.dtype) -> Family:
 def latent_shape(family: Family, size_px: tuple[int, int]) -> tuple[int, int, int]:
     """(C, H, W) of one latent.  Raises UserError where the VAE cannot make that size."""
     height, width = size_px
-    if height % family.vae_factor or width % family.vae_factor:
+    multiple = family.size_multiple
+    if height % multiple or width % multiple:
         raise UserError(
-            f"--resolution {width}x{height}: the VAE takes multiples of {family.vae_factor}",
-            f"e.g. {max(1, width // family.vae_factor) * family.vae_factor}",
+            f"--resolution {width}x{height}: the model takes multiples of {multiple}",
+            f"e.g. {max(1, width // multiple) * multiple}",
         )
     return family.latent_channels, height // family.vae_factor, width // family.vae_factor
 
@@ -57,7 +61,11 @@ def latent_shape(family: Family, size_px: tuple[int, int]) -> tuple[int, int, in
 def adapter_specs(run: Config) -> dict[Role, AdapterSpec]:
     """Guidance: rank R, alpha R.  Generator: rank 2R, alpha 4R (DMDR's published factor of 2)."""
     rank = run.lora_rank
-    return {"guidance": AdapterSpec(rank, rank), "generator": AdapterSpec(2 * rank, 4 * rank)}
+    targets = tuple(target.strip() for target in run.lora_targets.split(",") if target.strip())
+    return {
+        "guidance": AdapterSpec(rank, rank, targets),
+        "generator": AdapterSpec(2 * rank, 4 * rank, targets),
+    }
 
 
 def assemble(
@@ -111,6 +119,7 @@ def build_method(
         seed=run.seed,
         device=device,
         rewards=terms,
+        sample_type=run.sample_type,
         calls_need_all=calls_need_all,
     )
     kind = METHODS[run.method]

@@ -32,6 +32,7 @@ def flag(
     return dataclasses.field(default=default, metadata={"help": help, "resume": resume, **limits})
 
 
+FAMILY_NAMES = ("sdxl", "sd3", "flux", "qwen_image")
 METHOD_NAMES = ("dmdr", "ode", "sft")
 TIME_KINDS = ("uniform", "beta", "logit_normal")
 # layout -> role -> (module, its adapter)
@@ -49,7 +50,7 @@ class Config:
 
     # -- method, model
     method: str = flag("dmdr", "what is trained and by which losses", choices=METHOD_NAMES)
-    model_family: str = flag("auto", "architecture; auto reads model_index.json", choices=("auto", "sdxl"))
+    model_family: str = flag("auto", "architecture; auto reads model_index.json", choices=("auto", *FAMILY_NAMES))
     pretrained_model: str = flag(
         "stabilityai/stable-diffusion-xl-base-1.0", "teacher: hub id, pipeline folder or single safetensors file"
     )
@@ -61,7 +62,19 @@ class Config:
     )
     resolution: str = flag("1024", "image size in pixels: N or WIDTHxHEIGHT")
     sample_num_steps: int = flag(1, "network calls of the student", low=1, high=500)
-    shift: float = flag(1.0, "time shift of the student's grid (more than one step)", above=0)
+    sample_type: str = flag(
+        "sde",
+        "between the student's steps: sde re-noises its clean estimate, ode follows its velocity",
+        choices=("sde", "ode"),
+    )
+    shift: float = flag(
+        1.0, "time shift of the student's grid (more than one step); 0: the model's own at this size", low=0
+    )
+    text_length: int = flag(0, "tokens of the longest text (T5, Qwen2.5-VL); 0: the pipeline's own", low=0)
+    guidance_embed: float = flag(3.5, "what a guidance-distilled network (FLUX.1-dev) is told, in every role", low=0)
+    lora_targets: str = flag(
+        "", "layers that get a LoRA: comma list of regular expressions for the end of their names; empty: the family's"
+    )
     use_lora_gen: bool = flag(False, "train the generator as a LoRA of twice --lora-rank instead of all weights")
     lora_rank: int = flag(32, "LoRA rank of the guidance network", low=1)
     layout: str = flag(

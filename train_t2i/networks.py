@@ -7,8 +7,9 @@ Shapes: x_t (B, C, H, W); t (B,) fp32 in [0, 1].
 
 from __future__ import annotations
 
+import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,17 +22,17 @@ from torch import Tensor, nn
 from train_t2i.config import LAYOUTS
 from train_t2i.errors import UserError
 from train_t2i.families.base import Cond, Family
-from train_t2i.schedule import per_row
 
 Role = Literal["generator", "guidance", "teacher"]
 
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """LoRA of one role: its factor is alpha / rank."""
+    """LoRA of one role: its factor is alpha / rank.  ``targets`` as ``Family.lora_targets``; empty: those."""
 
     rank: int
     alpha: int
+    targets: tuple[str, ...] = ()
 
 
 class Networks:
@@ -128,11 +129,10 @@ class Networks:
     def _guided(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Cond, cfg: float | Tensor) -> Tensor:
         if _unguided(cfg):
             return self.family.call(net, x_t, t, cond).float()
-        # Classifier-free guidance (arXiv 2207.12598): uncond + w (cond - uncond), both halves in one call
+        # Classifier-free guidance (arXiv 2207.12598): both halves in one call
         out = self.family.call(net, torch.cat([x_t, x_t]), torch.cat([t, t]), cond.with_negative()).float()
         negative, positive = out.chunk(2)
-        weight = per_row(cfg, positive) if isinstance(cfg, Tensor) else cfg
-        return negative + weight * (positive - negative)
+        return self.family.guide(positive, negative, cfg)
 
     def _route(self, role: Role, scale: float) -> tuple[str, str | None]:
         name, adapter = self.routes[role]
@@ -160,9 +160,20 @@ def _unguided(cfg: float | Tensor) -> bool:
 
 
 def lora_config(family: Family, spec: AdapterSpec) -> LoraConfig:
+    """Targets that are plain names are given as the list that peft's own files have, others as one expression."""
+    targets = spec.targets or family.lora_targets
+    plain = all(re.fullmatch(r"(\w|\\\.|\.)+", target) for target in targets)
     return LoraConfig(
-        r=spec.rank, lora_alpha=spec.alpha, target_modules=list(family.lora_targets), init_lora_weights="gaussian"
+        r=spec.rank,
+        lora_alpha=spec.alpha,
+        target_modules=[target.replace("\\", "") for target in targets] if plain else any_of(targets),
+        init_lora_weights="gaussian",
     )
+
+
+def any_of(targets: Sequence[str]) -> str:
+    """The expression that a layer's whole name matches where its end, from a dot on, matches a target."""
+    return rf"(?:.*\.)?(?:{'|'.join(targets)})"
 
 
 def add_adapter(net: nn.Module, family: Family, adapter: str, spec: AdapterSpec) -> None:
@@ -171,9 +182,10 @@ def add_adapter(net: nn.Module, family: Family, adapter: str, spec: AdapterSpec)
     Raises UserError for a target that no layer answers to: peft itself complains only if none does.
     """
     layers = [name for name, _ in net.named_modules()]
-    for target in family.lora_targets:
-        if not any(f".{layer}".endswith(f".{target}") for layer in layers):
-            raise UserError(f"the model has no layer {target} to put a LoRA on", "use a model of this architecture")
+    for target in spec.targets or family.lora_targets:
+        if not any(re.fullmatch(any_of([target]), layer) for layer in layers):
+            hint = "see --lora-targets" if spec.targets else "use a model of this architecture"
+            raise UserError(f"the model has no layer {target} to put a LoRA on", hint)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # two adapters on one base are meant
         inject_adapter_in_model(lora_config(family, spec), net, adapter_name=adapter)

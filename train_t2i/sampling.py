@@ -20,15 +20,16 @@ def rows_at(time: Tensor, like: Tensor) -> Tensor:
     return time.to(like.device, torch.float32).expand(len(like))
 
 
-def few_step(x0_at: X0At, path: Path, grid: Tensor, noise: Tensor, renoise: Callable[[int], Tensor]) -> Tensor:
-    """The student's sample: at each grid time estimate x0, then re-noise it to the next; (B, C, H, W).
+def few_step(x0_at: X0At, path: Path, grid: Tensor, noise: Tensor, renoise: Callable[[int], Tensor] | None) -> Tensor:
+    """The student's sample: at each grid time estimate x0, then go to the next; (B, C, H, W).
 
-    ``renoise(i)`` gives the fresh noise that leads to grid time i (consistency-style sampling, as DMD2 and LCM).
+    ``renoise(i)`` gives the fresh noise that leads to grid time i (consistency-style sampling, as DMD2 and LCM); None
+    follows the deterministic path.
     """
     x, num_steps = noise, len(grid) - 1
     for i in range(num_steps):
         x0 = x0_at(x, rows_at(grid[i], x))
-        fresh = renoise(i + 1) if i + 1 < num_steps else None
+        fresh = renoise(i + 1) if renoise is not None and i + 1 < num_steps else None
         x = path.step(x, x0, rows_at(grid[i], x), rows_at(grid[i + 1], x), fresh)
     return x
 

@@ -6,6 +6,7 @@ Shapes: B rows; C H W latent; t and s are (B,) fp32 in [0, 1], 1 = pure noise, 0
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -98,6 +99,46 @@ class EpsilonVP:
         count = len(self.alphas_cumprod)
         levels = (torch.arange(num_steps, 0, -1) * (count / num_steps)).round() - 1
         return torch.cat([levels / count, torch.zeros(1)])
+
+
+def even_times(num_steps: int) -> Tensor:
+    """(num_steps + 1,) fp32: 1, 1 - 1/N, ..., 1/N, 0."""
+    return torch.arange(num_steps, -1, -1, dtype=torch.float32) / num_steps
+
+
+@dataclass(frozen=True)
+class RectifiedFlow:
+    """Straight lines between data and noise, and a network that predicts their velocity (SD3, FLUX.1, Qwen-Image)."""
+
+    shift: float = 1.0  # of the student's grid
+    dense: Callable[[int], Tensor] = even_times  # the teacher's own times: its scheduler's
+
+    def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        # Rectified flow (arXiv 2209.03003) eq. 1: x_t = (1 - t) x0 + t noise
+        time = per_row(t.float(), x0)
+        return (1 - time) * x0.float() + time * noise.float()
+
+    def to_x0(self, x_t: Tensor, out: Tensor, t: Tensor) -> Tensor:
+        # the same line, followed from x_t down to t = 0 with the predicted velocity
+        return x_t.float() - per_row(t.float(), x_t) * out.float()
+
+    def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        return noise.float() - x0.float()
+
+    def step(self, x_t: Tensor, x0: Tensor, t: Tensor, s: Tensor, noise: Tensor | None = None) -> Tensor:
+        """t -> s <= t: an Euler step of the ODE, or re-noised with ``noise``; rows with s = 0 get x0."""
+        if noise is None:
+            noise = x0.float() + (x_t.float() - x0.float()) / per_row(t.float(), x_t)
+        return torch.where(per_row(s > 0, x0), self.add_noise(x0, noise, s), x0.float())
+
+    def grid(self, num_steps: int) -> Tensor:
+        """(num_steps + 1,) fp32 descending from 1 to 0, shifted."""
+        if not 1 <= num_steps <= 1000:
+            raise ValueError(f"a grid has 1 to 1000 steps, not {num_steps}")
+        return shift_time(even_times(num_steps), self.shift)
+
+    def dense_grid(self, num_steps: int) -> Tensor:
+        return self.dense(num_steps)
 
 
 def scaled_linear_alphas_cumprod(beta_start: float = 0.00085, beta_end: float = 0.012, count: int = 1000) -> Tensor:

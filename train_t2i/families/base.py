@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from train_t2i.schedule import Path
+from train_t2i.schedule import Path, per_row
 
 
 @dataclass(frozen=True)
@@ -29,17 +30,18 @@ class Cond:
 
     @staticmethod
     def cat(conds: Sequence[Cond]) -> Cond:
-        """Rows of several conditionings, one after the other."""
+        """Rows of several conditionings, one after the other; shorter texts are padded and masked."""
 
         def joined(parts: Sequence[Tensor | None]) -> Tensor | None:
             given = [part for part in parts if part is not None]
             return torch.cat(given) if given else None
 
+        tokens, mask = joined_tokens([(c.tokens, c.mask) for c in conds])
         negatives = [c.negative for c in conds if c.negative is not None]
         return Cond(
-            torch.cat([c.tokens for c in conds]),
+            tokens,
             joined([c.pooled for c in conds]),
-            joined([c.mask for c in conds]),
+            mask,
             Cond.cat(negatives) if negatives else None,
             joined([c.guidance for c in conds]),
         )
@@ -48,15 +50,44 @@ class Cond:
         """(2B): the negative rows, then the positive ones, for guidance in one network call."""
         if self.negative is None:
             raise ValueError("classifier-free guidance needs a negative conditioning")
+        tokens, mask = joined_tokens([(self.negative.tokens, self.negative.mask), (self.tokens, self.mask)])
         return replace(
             self,
-            tokens=torch.cat([self.negative.tokens, self.tokens]),
+            tokens=tokens,
             pooled=_stack(self.negative.pooled, self.pooled),
-            mask=_stack(self.negative.mask, self.mask),
+            mask=mask,
             negative=None,
             guidance=_stack(self.guidance, self.guidance),
             context=tuple(torch.cat([c, c]) for c in self.context),
         )
+
+    def expand(self, rows: int) -> Cond:
+        """One row, seen ``rows`` times; nothing is copied."""
+
+        def seen(part: Tensor | None) -> Tensor | None:
+            return None if part is None else part.expand(rows, *part.shape[1:])
+
+        return replace(
+            self, tokens=self.tokens.expand(rows, -1, -1), pooled=seen(self.pooled), mask=seen(self.mask),
+            guidance=seen(self.guidance),
+        )  # fmt: skip
+
+
+def joined_tokens(parts: Sequence[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
+    """((B1, L1, D), (B1, L1) mask or None), ... -> ((B, L, D), (B, L)) of the longest text, zeros behind the others.
+
+    No mask stays no mask where nothing is padded: a network then sees what it sees of each part alone.
+    """
+    longest = max(tokens.shape[1] for tokens, _ in parts)
+    if all(mask is None and tokens.shape[1] == longest for tokens, mask in parts):
+        return torch.cat([tokens for tokens, _ in parts]), None
+    padded, masks = [], []
+    for tokens, mask in parts:
+        missing = longest - tokens.shape[1]
+        padded.append(F.pad(tokens, (0, 0, 0, missing)))
+        attended = tokens.new_ones(tokens.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
+        masks.append(F.pad(attended, (0, missing)))
+    return torch.cat(padded), torch.cat(masks)
 
 
 def _stack(negative: Tensor | None, positive: Tensor | None) -> Tensor | None:
@@ -65,14 +96,36 @@ def _stack(negative: Tensor | None, positive: Tensor | None) -> Tensor | None:
     return torch.cat([negative, positive])
 
 
+def classifier_free(positive: Tensor, negative: Tensor, weight: float | Tensor) -> Tensor:
+    """(B, C, H, W): uncond + w (cond - uncond); ``weight`` is a number or (B,).  Source: arXiv 2207.12598, eq. 6."""
+    return negative + (per_row(weight, positive) if isinstance(weight, Tensor) else weight) * (positive - negative)
+
+
+@dataclass(frozen=True)
+class FamilyOptions:
+    """How a family is built on a model; what an architecture does not have is left at its default."""
+
+    dtype: torch.dtype = torch.float32  # of text encoders and frozen weights
+    vae: str | None = None  # instead of the model's own
+    tiny_vae: str | None = None  # AutoencoderTiny whose decoder serves rewards
+    shift: float | None = 1.0  # of the student's grid; None: the model's own at this size
+    size_px: tuple[int, int] = (1024, 1024)  # (height, width): decides a resolution-dependent shift
+    text_length: int | None = None  # tokens of the longest text; None: the pipeline's own
+    guidance: float = 3.5  # what a network with a guidance embedding is told
+    encoders: bool = True  # False: no text encoder is loaded, the prompts come from a cache
+    checkpoint_decoder: bool = False
+
+
 class Family(Protocol):
     """One architecture with its text encoders and VAE.  All modules it owns are frozen."""
 
     path: Path
-    lora_targets: tuple[str, ...]
+    lora_targets: tuple[str, ...]  # expressions for the end of a layer's name, from a dot on
     block_names: tuple[str, ...]  # class names of the repeated blocks: sharding and checkpointing units
     latent_channels: int
     vae_factor: int  # pixels a latent cell, along one side
+    size_multiple: int  # images are multiples of so many pixels
+    text_length: int  # tokens of the longest text
 
     def load(self, dtype: torch.dtype) -> nn.Module:
         """The bare frozen denoiser."""
@@ -84,6 +137,10 @@ class Family(Protocol):
 
     def call(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """(B, C, H, W): the network's raw output; packing and the network's unit of time live here."""
+        ...
+
+    def guide(self, positive: Tensor, negative: Tensor, weight: float | Tensor) -> Tensor:
+        """(B, C, H, W) network outputs with and without the prompt -> the guided one, as the family's pipeline does."""
         ...
 
     def decode(self, z: Tensor, *, fast: bool = False) -> Tensor:

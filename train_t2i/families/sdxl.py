@@ -15,8 +15,12 @@ from torch import Tensor, nn
 
 from train_t2i.errors import UserError
 from train_t2i.families import sdxl_file
-from train_t2i.families.base import Cond
+from train_t2i.families.base import Cond, FamilyOptions, classifier_free
+from train_t2i.families.loading import load_part, load_pipeline, told
 from train_t2i.schedule import EpsilonVP
+
+TAKES = "a hub id, a diffusers pipeline folder, or a single .safetensors file"
+ENCODERS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
 
 
 class SDXL:
@@ -32,6 +36,7 @@ class SDXL:
     )  # fmt: skip
     block_names: tuple[str, ...] = ("BasicTransformerBlock", "ResnetBlock2D")
     latent_channels = 4
+    text_length = 77
 
     def __init__(
         self,
@@ -52,25 +57,23 @@ class SDXL:
         if checkpoint_decoder:
             for decoder in filter(None, (self.vae, self.tiny)):
                 decoder.enable_gradient_checkpointing()
-        self.vae_factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        self.vae_factor = self.size_multiple = 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.path = EpsilonVP(_alphas_cumprod(pipe), shift=shift)
 
     @classmethod
-    def from_pretrained(
-        cls,
-        model: str,
-        *,
-        dtype: torch.dtype = torch.float32,
-        vae: str | None = None,
-        tiny_vae: str | None = None,
-        **options: Any,
-    ) -> SDXL:
-        """From a hub id, a pipeline folder or a file; ``options`` as the constructor takes them.  Raises UserError."""
-        pipe = _load_pipeline(model, dtype)
-        if vae:
-            pipe.vae = _load_part(AutoencoderKL, vae, "--vae")
-        tiny = _load_part(AutoencoderTiny, tiny_vae, "--tiny-vae") if tiny_vae else None
-        return cls(pipe, lambda dtype: _load_unet(model, dtype), tiny=tiny, **options)
+    def from_pretrained(cls, model: str, options: FamilyOptions) -> SDXL:
+        """From a hub id, a pipeline folder or a single file.  Raises UserError."""
+        pipe = _load_pipeline(model, options)
+        if options.vae:
+            pipe.vae = _load_vae(options.vae)
+        tiny = load_part(AutoencoderTiny, options.tiny_vae, "--tiny-vae") if options.tiny_vae else None
+        return cls(
+            pipe,
+            lambda dtype: _load_unet(model, dtype),
+            tiny=tiny,
+            shift=1.0 if options.shift is None else options.shift,
+            checkpoint_decoder=options.checkpoint_decoder,
+        )
 
     def _parts(self) -> list[nn.Module]:
         return [m for m in (self.pipe.text_encoder, self.pipe.text_encoder_2, self.vae, self.tiny) if m is not None]
@@ -81,6 +84,8 @@ class SDXL:
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], negative: str | None = None) -> Cond:
         """Empty negative text means zeros, as the published pipeline does (``force_zeros_for_empty_prompt``)."""
+        if self.pipe.text_encoder is None:
+            raise UserError("no text encoder is loaded", "give --prompt-cache, or leave it out")
         guided = negative is not None
         tokens, neg_tokens, pooled, neg_pooled = self.pipe.encode_prompt(
             list(prompts),
@@ -98,6 +103,9 @@ class SDXL:
         told = {"text_embeds": cond.pooled, "time_ids": size.expand(len(x_t), 6)}
         levels = self.path.levels(t)
         return net(x_t, levels, encoder_hidden_states=cond.tokens, added_cond_kwargs=told, return_dict=False)[0]
+
+    def guide(self, positive: Tensor, negative: Tensor, weight: float | Tensor) -> Tensor:
+        return classifier_free(positive, negative, weight)
 
     def decode(self, z: Tensor, *, fast: bool = False) -> Tensor:
         coder = self.tiny if fast and self.tiny is not None else self.vae
@@ -118,37 +126,18 @@ class SDXL:
         return self
 
 
-class _told:
-    """Turns the loaders' many exceptions into one line that names the flag and what was given."""
-
-    def __init__(self, source: str, flag: str) -> None:
-        self.source, self.flag = source, flag
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError)):
-            first_line = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-            if "meta tensor" in first_line:  # what diffusers leaves where a file has no weight
-                first_line = "some of its weights are missing"
-            raise UserError(
-                f"{self.flag} {self.source}: cannot be loaded ({first_line})",
-                "give a hub id, a diffusers pipeline folder, or a single .safetensors file",
-            ) from error
-
-
 def _is_file(model: str) -> bool:
     return FilePath(model).is_file()
 
 
-def _load_pipeline(model: str, dtype: torch.dtype) -> Any:
+def _load_pipeline(model: str, options: FamilyOptions) -> Any:
     """Everything but the UNet."""
-    with _told(model, "--pretrained-model"):
-        if _is_file(model):
-            pipe = _pipeline_of_file(model, dtype)
-        else:
-            pipe = StableDiffusionXLPipeline.from_pretrained(model, unet=None, dtype=dtype, add_watermarker=False)
+    if not _is_file(model):
+        left_out = ("unet", *(() if options.encoders else ENCODERS))
+        with told(model, "--pretrained-model", TAKES):
+            return load_pipeline(StableDiffusionXLPipeline, model, options.dtype, left_out, add_watermarker=False)
+    with told(model, "--pretrained-model", TAKES):
+        pipe = _pipeline_of_file(model, options.dtype)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
@@ -164,23 +153,18 @@ def _pipeline_of_file(file: str, dtype: torch.dtype) -> Any:
 
 
 def _load_unet(model: str, dtype: torch.dtype) -> nn.Module:
-    with _told(model, "--pretrained-model"):
+    with told(model, "--pretrained-model", TAKES):
         if _is_file(model):
             with sdxl_file.configs() as folder:
                 return UNet2DConditionModel.from_single_file(model, config=folder, subfolder="unet", dtype=dtype)
         return UNet2DConditionModel.from_pretrained(model, subfolder="unet", dtype=dtype)
 
 
-def _load_part(kind: Any, source: str, flag: str) -> Any:
-    if _is_file(source) and kind is AutoencoderTiny:
-        raise UserError(
-            f"{flag} {source}: a tiny decoder is a folder", "give the folder with its config.json, or a hub id"
-        )
-    with _told(source, flag):
-        if _is_file(source):
-            with sdxl_file.configs() as folder:
-                return kind.from_single_file(source, config=folder, subfolder="vae", dtype=torch.float32)
-        return kind.from_pretrained(source, dtype=torch.float32)
+def _load_vae(source: str) -> Any:
+    if not _is_file(source):
+        return load_part(AutoencoderKL, source, "--vae")
+    with told(source, "--vae", TAKES), sdxl_file.configs() as folder:
+        return AutoencoderKL.from_single_file(source, config=folder, subfolder="vae", dtype=torch.float32)
 
 
 def _alphas_cumprod(pipe: Any) -> Tensor:

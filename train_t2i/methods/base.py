@@ -69,6 +69,7 @@ class Setting:
     seed: int
     device: torch.device
     rewards: tuple[RewardTerm, ...] = ()
+    sample_type: str = "sde"  # between the student's steps: re-noised, or along the velocity ("ode")
     calls_need_all: bool = False  # sharded networks: every process makes the same network calls, whatever its rows drew
 
     def draw(self, clock: Clock, indices: Sequence[int]) -> Draw:
@@ -100,7 +101,8 @@ def sample_student(setting: Setting, cond: Cond, noise: Tensor, renoise: Callabl
     def x0_at(x: Tensor, t: Tensor) -> Tensor:
         return networks.x0("generator", x, t, cond)
 
-    return few_step(x0_at, setting.family.path, setting.grid, noise, renoise)
+    path = setting.family.path
+    return few_step(x0_at, path, setting.grid, noise, renoise if setting.sample_type == "sde" else None)
 
 
 def drop_captions(cond: Cond, dropped: Tensor) -> Cond:
@@ -112,10 +114,13 @@ def drop_captions(cond: Cond, dropped: Tensor) -> Cond:
             return positive
         return torch.where(dropped.reshape(-1, *[1] * (positive.ndim - 1)), negative, positive)
 
+    both = cond.with_negative()  # of one text length
+    negative, tokens = both.tokens.chunk(2)
+    masks = (None, None) if both.mask is None else both.mask.chunk(2)
     return replace(
         cond,
-        tokens=torch.where(dropped.reshape(-1, 1, 1), cond.negative.tokens, cond.tokens),
+        tokens=torch.where(dropped.reshape(-1, 1, 1), negative, tokens),
         pooled=choose(cond.pooled, cond.negative.pooled),
-        mask=choose(cond.mask, cond.negative.mask),
+        mask=choose(masks[1], masks[0]),
         negative=None,
     )

@@ -9,7 +9,8 @@ Departures from the paper and its published code:
 2. Backward simulation stops at the largest level drawn; its later calls would not be used.
 3. Times are clamped to [0.02, 0.98] (DMD2) instead of reaching 0 and 1.
 4. The guidance network's times follow the same sampler as the scores' (the code hard-coded Beta(4, 1.5)).
-5. A non-finite update is skipped as a whole; NaNs are not replaced by zeros.
+5. With rectified flow the deterministic simulation ends at t = 0 instead of 0.001.
+6. A non-finite update is skipped as a whole; NaNs are not replaced by zeros.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from train_t2i.families.base import Cond
 from train_t2i.methods.base import Batch, Clock, Metrics, RewardTerm, Setting, sample_student
 from train_t2i.networks import Role
 from train_t2i.randomness import Draw
-from train_t2i.sampling import simulate_to
+from train_t2i.sampling import few_step, simulate_to
 from train_t2i.schedule import TimeSampler, cosine_fall, per_row
 
 
@@ -75,10 +76,26 @@ class DMDR:
         guided = config.cfg_r > 1 or config.cfg_f > 1
         cond = setting.family.encode(batch.prompts, config.negative_prompt if guided else None)
         draw = setting.draw(clock, batch.indices)
-        noise = draw.normal("simulation/0", setting.latent_shape)
         level = self.level_times.sample_index(draw.on_host(), "level", clock.step, setting.grid)
-        x0 = simulate_to(
-            lambda x, t: self.networks.x0("generator", x, t, cond),
+        x0 = self._simulated(cond, draw, level)
+        t = setting.grid.to(setting.device)[level.to(setting.device)]
+        fresh = draw.normal("student_input", setting.latent_shape)
+        # At the top of its grid the student starts from pure noise, whatever level conditions it there.
+        x_t = torch.where(per_row(t == setting.grid[0], x0), fresh, self.path.add_noise(x0, fresh, t))
+        return Rollout(batch.prompts, cond, draw, x0, x_t, t)
+
+    def _simulated(self, cond: Cond, draw: Draw, level: Tensor) -> Tensor:
+        """(B, C, H, W) what the student makes: along the ODE its finished sample, else its estimate at each row's level."""
+        setting = self.setting
+
+        def x0_at(x: Tensor, t: Tensor) -> Tensor:
+            return self.networks.x0("generator", x, t, cond)
+
+        noise = draw.normal("simulation/0", setting.latent_shape)
+        if setting.sample_type == "ode":
+            return few_step(x0_at, self.path, setting.grid, noise, None)
+        return simulate_to(
+            x0_at,
             self.path,
             setting.grid,
             noise,
@@ -86,11 +103,6 @@ class DMDR:
             level,
             whole=setting.calls_need_all,
         )
-        t = setting.grid.to(setting.device)[level.to(setting.device)]
-        fresh = draw.normal("student_input", setting.latent_shape)
-        # At the top of its grid the student starts from pure noise, whatever level conditions it there.
-        x_t = torch.where(per_row(t == setting.grid[0], x0), fresh, self.path.add_noise(x0, fresh, t))
-        return Rollout(batch.prompts, cond, draw, x0, x_t, t)
 
     def losses(self, role: Role, rollout: Rollout, clock: Clock) -> Iterator[tuple[Tensor, Metrics]]:
         yield self._guidance(rollout, clock) if role == "guidance" else self._generator(rollout, clock)
