@@ -135,7 +135,7 @@ def prepare(config: BenchmarkConfig, layout: str, checkpointing: bool) -> Bench:
     family.encode = watch.around("text_encoding", family.encode)
     terms = tuple(
         dataclasses.replace(term, score=watch.around("rewards_forward", term.score))
-        for term in build.build_rewards(settings.method, engine.dtype, engine.device, checkpointing)
+        for term in build.build_rewards(settings.method, engine.dtype, engine.device, checkpointing, settings.run.seed)
     )
     method = build.build_method(settings, networks, engine.device, terms)
     for role in roles.trains:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import rewards
 from rewards.weights import read_state
 from train_t2i.checkpoint import RECORDS, run_of
-from train_t2i.config import Config, DMDRConfig, Settings, parse_resolution, resolved_layout, reward_weights
+from train_t2i.config import Config, DMDRConfig, Settings, listed, parse_resolution, resolved_layout, reward_weights
 from train_t2i.errors import UserError
 from train_t2i.families import Family, family_of, load_family
 from train_t2i.methods import METHODS, Method, RewardTerm, Setting
@@ -28,7 +28,16 @@ def resolved(settings: Settings) -> Settings:
     """``auto`` replaced by what it stands for, so that a checkpoint says what it is."""
     run = settings.run
     family = family_of(run.pretrained_model) if run.model_family == "auto" else run.model_family
+    check_family_flags(run, family)
     return replace(settings, run=replace(run, model_family=family, layout=resolved_layout(run)))
+
+
+def check_family_flags(run: Config, family: str) -> None:
+    """Raises UserError for a flag that this architecture has no use for."""
+    if run.text_length and family == "sdxl":
+        raise UserError("--text-length does nothing for sdxl, whose texts have 77 tokens", "leave it out")
+    if run.guidance_embed != Config().guidance_embed and family != "flux":
+        raise UserError(f"--guidance-embed does nothing for {family}", "it is FLUX.1's: leave it out")
 
 
 def build_family(run: Config, dtype: torch.dtype) -> Family:
@@ -61,7 +70,7 @@ def latent_shape(family: Family, size_px: tuple[int, int]) -> tuple[int, int, in
 def adapter_specs(run: Config) -> dict[Role, AdapterSpec]:
     """Guidance: rank R, alpha R.  Generator: rank 2R, alpha 4R (DMDR's published factor of 2)."""
     rank = run.lora_rank
-    targets = tuple(target.strip() for target in run.lora_targets.split(",") if target.strip())
+    targets = listed(run.lora_targets)
     return {
         "guidance": AdapterSpec(rank, rank, targets),
         "generator": AdapterSpec(2 * rank, 4 * rank, targets),
@@ -157,15 +166,26 @@ def check_initial(run: Config) -> None:
             )
 
 
-def build_rewards(config: Any, dtype: torch.dtype, device: torch.device, checkpointing: bool) -> tuple[RewardTerm, ...]:
+def semantic_relative(tower: Any, config: DMDRConfig, seed: int) -> rewards.Reward:
+    from rewards.semantic import SemanticRelative
+
+    words = listed(config.srpo_positive), listed(config.srpo_negative)
+    return SemanticRelative(tower, *words, k=config.srpo_k, seed=seed)
+
+
+def build_rewards(
+    config: Any, dtype: torch.dtype, device: torch.device, checkpointing: bool, seed: int
+) -> tuple[RewardTerm, ...]:
     terms = []
     for name, path in reward_files(config).items():
         try:
-            score = rewards.REWARDS[name](path, dtype=dtype, device=device, checkpointing=checkpointing)
+            score: Any = rewards.REWARDS[name](path, dtype=dtype, device=device, checkpointing=checkpointing)
         except rewards.RewardError as error:
             raise UserError(str(error)) from None
         short = {"clip": "clip", "hpsv2": "hps"}[name]
-        prefix = config.magic_prompt if name == "hpsv2" else ""
+        prefix = config.magic_prompt if name == "hpsv2" and not config.srpo else ""
+        if name == "hpsv2" and config.srpo:
+            score = semantic_relative(score, config, seed)
         _, weight = reward_weights(config)[name]
         terms.append(RewardTerm(short, score, weight, config.reward_margin, prefix))
     return tuple(terms)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-from train_t2i.config import LAYOUTS, Config, DMDRConfig, Settings, fields_of, resolved_layout, reward_weights
+from train_t2i.config import LAYOUTS, Config, DMDRConfig, Settings, fields_of, listed, resolved_layout, reward_weights
 from train_t2i.errors import UserError
 
 Values = Any  # every setting of a run by name, its layout resolved
@@ -50,7 +51,9 @@ UNIFORM_GUI = ("with --s-type-gui uniform", "set --s-type-gui beta or logit_norm
 # --dmd-weight 0, --cold-start-iter at the last step, a reward's weight 0) does not make its settings wrong.
 CONDITIONAL = (
     Acts("sample_num_steps", lambda v: v.method != "sft", "with --method sft", "set --teacher-num-steps"),
+    Acts("sample_type", _few_steps, *ONE_STEP),
     Acts("shift", _few_steps, *ONE_STEP),
+    Acts("lora_targets", lambda v: v.use_lora_gen or _guidance_is_lora(v), "where nothing trained is a LoRA", "give --use-lora-gen"),
     Acts("lora_rank", lambda v: v.use_lora_gen or _guidance_is_lora(v), "where nothing trained is a LoRA", "give --use-lora-gen"),
     Acts("tiny_vae", _rewarded, *NO_REWARD),
     Acts("teacher_num_steps", lambda v: v.method != "ode", *NO_TEACHER),
@@ -79,6 +82,9 @@ CONDITIONAL = (
     Acts("reward_hps_weight", lambda v: v.hpsv2_reward_model or v.reward_hps_weight == 0, *NO_HPS),
     Acts("reward_margin", _rewarded, *NO_REWARD),
     Acts("magic_prompt", lambda v: v.hpsv2_reward_model, *NO_HPS),
+    Acts("magic_prompt", lambda v: not v.srpo, "with --srpo, which has words of its own", "set --srpo-positive"),
+    Acts("srpo", lambda v: v.hpsv2_reward_model, *NO_HPS),
+    *(Acts(name, lambda v: v.srpo, "without --srpo", "give --srpo on") for name in ("srpo_k", "srpo_positive", "srpo_negative")),
 )  # fmt: skip
 
 
@@ -101,6 +107,7 @@ def check(settings: Settings) -> None:
             f"--exp-name {run.exp_name!r}: not a plain folder name", "name one folder; --output-dir says where it lies"
         )
     _check_student(run)
+    _check_targets(run.lora_targets)
     if isinstance(settings.method, DMDRConfig):
         _check_dmdr(run, settings.method)
     _check_acts(settings)
@@ -159,6 +166,14 @@ def _check_student(run: Config) -> None:
         raise UserError("--xl-ode-pretrain-path is the start of a one-step student", "use --generator-init")
 
 
+def _check_targets(text: str) -> None:
+    for target in listed(text):
+        try:
+            re.compile(target)
+        except re.error as error:
+            raise UserError(f"--lora-targets {target}: not a regular expression ({error})", "e.g. attn.to_q") from None
+
+
 def _check_dmdr(run: Config, method: DMDRConfig) -> None:
     layout = resolved_layout(run)
     if LAYOUTS[layout]["guidance"][1] is None and method.dynamic_step and method.lora_scale_r:
@@ -166,6 +181,8 @@ def _check_dmdr(run: Config, method: DMDRConfig) -> None:
             f"--layout {layout}: the teacher has no guidance adapter to borrow",
             "set --lora-scale-r 0 or --layout paired",
         )
+    if method.srpo and not (listed(method.srpo_positive) and listed(method.srpo_negative)):
+        raise UserError("--srpo needs words on both sides", "give --srpo-positive and --srpo-negative")
     _check_draw("gen", method.s_type_gen, method.gen_a)
     _check_draw("gui", method.s_type_gui, method.gui_a)
     weights = reward_weights(method)

@@ -1,12 +1,8 @@
 """``python -m train_t2i export RUN --to pipeline``: a run's generator as a folder that stock diffusers loads.
 
 The folder holds everything: the generator with its LoRA merged in fp32, text encoders, tokenizers, VAE, and a scheduler
-whose config alone makes ``StableDiffusionXLPipeline.from_pretrained(DIR)(prompt, num_inference_steps=N,
-guidance_scale=0)`` visit the student's own times.  ``recommended.json`` says N, and the guidance.
-
-``LCMScheduler`` re-noises its clean estimate at every step, as the student was trained (arXiv 2310.04378, algorithm 3).
-With ``original_inference_steps=N`` its levels are the training grid's (999, 749, 499, 249 at four); one step at level
-399 is a schedule of the first 400 betas with one step.
+whose config alone makes ``DiffusionPipeline.from_pretrained(DIR)(prompt, num_inference_steps=N, ...)`` visit the
+student's own times.  ``recommended.json`` has the call: N, guidance, size, text length.
 """
 
 from __future__ import annotations
@@ -23,6 +19,7 @@ from train_t2i.choice import RunChoice
 from train_t2i.cli import parse_verb
 from train_t2i.config import flag
 from train_t2i.errors import EXIT_DISK, EXIT_DONE, UserError
+from train_t2i.inference import many_step_scheduler, student_scheduler
 
 if TYPE_CHECKING:
     from torch import nn
@@ -36,7 +33,7 @@ FORMATS = ("pipeline",)
 class ExportConfig(RunChoice):
     """Write a run's generator as a diffusers pipeline folder."""
 
-    to: str = flag("pipeline", "what to write: pipeline (a StableDiffusionXLPipeline folder)")
+    to: str = flag("pipeline", "what to write: pipeline (the folder of the model's own diffusers pipeline)")
     out: str | None = flag(None, "folder to write (default: RUN/pipeline/step-N)")
     pretrained_model: str | None = flag(None, "where the run's base model lies now, if it has moved")
     vae: str | None = flag(None, "VAE to use instead of the run's")
@@ -55,65 +52,16 @@ def merge_adapters(net: nn.Module) -> nn.Module:
     return net
 
 
-def student_scheduler(model: ImageModel) -> Any:
-    """The LCMScheduler whose own times are the student's.  Raises UserError where no config can say them."""
-    from diffusers import DDPMScheduler, LCMScheduler
-
-    path: Any = model.family.path
-    num_steps = model.settings.run.sample_num_steps
-    base = DDPMScheduler.from_config(model.family.pipe.scheduler.config)  # type: ignore[attr-defined]
-    grid = path.levels(path.grid(num_steps)[:-1]).tolist()
-    known = ("beta_start", "beta_end", "beta_schedule", "prediction_type")
-    shared = {name: base.config[name] for name in known} | {"clip_sample": False}
-    if num_steps == 1:
-        betas = base.betas[: grid[0] + 1].double().tolist()
-        made = LCMScheduler(**shared, num_train_timesteps=len(betas), trained_betas=betas, original_inference_steps=1)
-    else:
-        made = LCMScheduler(
-            **shared, num_train_timesteps=base.config.num_train_timesteps, trained_betas=base.config.trained_betas,
-            rescale_betas_zero_snr=base.config.rescale_betas_zero_snr, original_inference_steps=num_steps,
-        )  # fmt: skip
-    made.set_timesteps(num_steps)
-    if made.timesteps.tolist() != grid:
-        raise UserError(
-            f"the student's times {grid} cannot be said in a scheduler's config (it would take "
-            f"{made.timesteps.tolist()})",
-            f"--shift {model.settings.run.shift} has no pipeline: sample with python -m train_t2i sample",
-        )
-    return made
-
-
-def many_step_scheduler(model: ImageModel) -> Any:
-    """A fine-tuned teacher's: deterministic, from pure noise."""
-    from diffusers import DDIMScheduler
-
-    config = model.family.pipe.scheduler.config  # type: ignore[attr-defined]
-    return DDIMScheduler.from_config(config, timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False)
-
-
 def build_pipeline(model: ImageModel) -> tuple[Any, dict[str, Any]]:
     """(the pipeline, its recommended call)."""
-    from diffusers import StableDiffusionXLPipeline
-
     run, family = model.settings.run, model.family
-    parts = family.pipe  # type: ignore[attr-defined]
     supervised = run.method == "sft"
     scheduler = many_step_scheduler(model) if supervised else student_scheduler(model)
-    unet: Any = merge_adapters(model.network)
-    height, width = model.latent_shape[1:]
-    if height == width:
-        unet.register_to_config(sample_size=height)  # the size of a call that names none
-    pipe = StableDiffusionXLPipeline(
-        vae=family.vae, unet=unet, scheduler=scheduler,  # type: ignore[attr-defined]
-        text_encoder=parts.text_encoder, text_encoder_2=parts.text_encoder_2,
-        tokenizer=parts.tokenizer, tokenizer_2=parts.tokenizer_2,
-        force_zeros_for_empty_prompt=parts.config.force_zeros_for_empty_prompt, add_watermarker=False,
-    )  # fmt: skip
+    pipe = family.pipeline(merge_adapters(model.network), scheduler, model.latent_shape[1:])
     height_px, width_px = model.settings.size_px
     recommended = {
         "num_inference_steps": run.teacher_num_steps if supervised else run.sample_num_steps,
-        "guidance_scale": run.teacher_cfg if supervised else 0.0,
-        "scheduler": type(scheduler).__name__,
+        **family.call_options(run.teacher_cfg if supervised else 0.0),
         "height": height_px,
         "width": width_px,
     }
@@ -166,6 +114,6 @@ def main(arguments: Sequence[str]) -> int:
     if config.dtype != "fp32":
         pipe.to({"fp16": torch.float16, "bf16": torch.bfloat16}[config.dtype])
     write_folder(pipe, recommended, out)
-    steps, guidance = recommended["num_inference_steps"], recommended["guidance_scale"]
-    print(f"{out}: pipe(prompt, num_inference_steps={steps}, guidance_scale={guidance:g})")
+    call = ", ".join(f"{name}={value!r}" for name, value in recommended.items())
+    print(f"{out}: pipe(prompt, {call})")
     return EXIT_DONE

@@ -54,6 +54,8 @@ class PairsConfig:
     batch_size: int = flag(8, "rows a batch", low=1)
     shard_size: int = flag(256, "rows a file", low=1)
     mixed_precision: str = flag("fp16", "number format of the network calls", choices=("no", "fp16", "bf16"))
+    text_length: int = flag(0, "tokens of the longest text; 0: the pipeline's own", low=0)
+    guidance_embed: float = flag(3.5, "what a guidance-distilled teacher (FLUX.1-dev) is told", low=0)
     seed: int = flag(30, "seed of the order of prompts and of the first row", low=0, high=2**62)
     images: bool = flag(False, "write the decoded images too")
 
@@ -203,7 +205,7 @@ def main(arguments: Sequence[str]) -> int:
     config = parse_verb(PairsConfig, "pairs", arguments)
     run = Config(
         pretrained_model=config.pretrained_model, vae=config.vae, resolution=config.resolution,
-        mixed_precision=config.mixed_precision,
+        mixed_precision=config.mixed_precision, text_length=config.text_length, guidance_embed=config.guidance_embed,
     )  # fmt: skip
     lines = load_prompts(config.data_path_train)
     order = Order(len(lines), config.seed)

@@ -16,7 +16,7 @@ from train_t2i.methods.base import Clock
 from train_t2i.networks import Role, export_adapter
 from train_t2i.run import Run, State
 
-STAGE_FIELDS = ("model_family", "use_lora_gen", "lora_rank", "layout", "sample_num_steps", "shift")
+STAGE_FIELDS = ("model_family", "use_lora_gen", "lora_rank", "lora_targets", "layout", "sample_num_steps", "shift")
 BATCH_FIELDS = ("batch_size", "gradient_accumulation_steps")
 INIT_FIELDS = ("generator_init", "xl_ode_pretrain_path")  # frozen under a LoRA, so not in its checkpoints
 EXPORTS: dict[Role, str] = {"generator": "lora_gen", "guidance": "lora_gui"}

@@ -156,7 +156,7 @@ def prepare(settings: Settings, folder: RunFolder, engine: Engine, stop: StopReq
         settings, family, uses=kind.uses, trains=kind.trains, dtype=engine.dtype, place=engine.place,
         autocast=engine.autocast,
     )  # fmt: skip
-    terms = build.build_rewards(settings.method, engine.dtype, engine.device, cfg.gradient_checkpointing)
+    terms = build.build_rewards(settings.method, engine.dtype, engine.device, cfg.gradient_checkpointing, cfg.seed)
     method = build.build_method(settings, networks, engine.device, terms, calls_need_all=engine.calls_need_all)
     found.append(trained_parameters(networks))  # counted before they are shared out
     for role in kind.trains:

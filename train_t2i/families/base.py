@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -153,4 +153,12 @@ class Family(Protocol):
 
     def to(self, device: torch.device) -> Family:
         """Move the text encoders and decoders."""
+        ...
+
+    def pipeline(self, net: nn.Module, scheduler: Any, latent_size: tuple[int, int]) -> Any:
+        """The stock pipeline around a denoiser; a call that names no size makes images of ``latent_size`` cells, if it can."""
+        ...
+
+    def call_options(self, cfg: float) -> dict[str, Any]:
+        """What a call of that pipeline is told beside prompt, steps and size, for guidance ``cfg``."""
         ...

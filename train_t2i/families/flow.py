@@ -166,6 +166,12 @@ class FlowFamily:
             part.to(device)
         return self
 
+    def pipeline(self, net: Any, scheduler: Any, latent_size: tuple[int, int]) -> Any:
+        return self.Pipeline(**self.pipe.components | {"vae": self.vae, "transformer": net, "scheduler": scheduler})
+
+    def call_options(self, cfg: float) -> dict[str, Any]:
+        return {"guidance_scale": cfg, "max_sequence_length": self.text_length}
+
     # -- images: AutoencoderKL; Qwen-Image has its own -----------------------------------------------------------
 
     def _vae_factor(self) -> int:

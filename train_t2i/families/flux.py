@@ -7,6 +7,7 @@ pooled (B, P) of CLIP; position ids (L, 3) of the text (all zero) and (H/2 * W/2
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
@@ -44,6 +45,12 @@ class FLUX(FlowFamily):
             return cond
         told = torch.as_tensor(guidance, dtype=torch.float32, device=cond.tokens.device)
         return replace(cond, guidance=told.expand(len(cond.tokens)))
+
+    def call_options(self, cfg: float) -> dict[str, Any]:
+        """Its ``guidance_scale`` is the number that the network is told; true guidance has a name of its own."""
+        told = self.options.guidance if self.config.get("guidance_embeds") else 0.0
+        guided = {"true_cfg_scale": cfg, "negative_prompt": ""} if cfg > 1 else {}
+        return {"guidance_scale": told, "max_sequence_length": self.text_length, **guided}
 
     def call(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         height, width = x_t.shape[-2:]

@@ -51,6 +51,10 @@ class QwenImage(FlowFamily):
         tokens, mask = self.pipe.encode_prompt(prompts, device=self.device, max_sequence_length=self.text_length)
         return Cond(tokens, mask=None if mask is None else mask.bool())
 
+    def call_options(self, cfg: float) -> dict[str, Any]:
+        guided = {"true_cfg_scale": cfg, "negative_prompt": ""} if cfg > 1 else {"true_cfg_scale": 1.0}
+        return {"max_sequence_length": self.text_length, **guided}
+
     def call(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         height, width = x_t.shape[-2:]
         out = net(

@@ -126,6 +126,18 @@ class SDXL:
         return self
 
 
+    def pipeline(self, net: Any, scheduler: Any, latent_size: tuple[int, int]) -> StableDiffusionXLPipeline:
+        height, width = latent_size
+        if height == width:
+            net.register_to_config(sample_size=height)
+        parts = self.pipe.components | {"vae": self.vae, "unet": net, "scheduler": scheduler}
+        zeros = self.pipe.config.force_zeros_for_empty_prompt
+        return StableDiffusionXLPipeline(**parts, force_zeros_for_empty_prompt=zeros, add_watermarker=False)
+
+    def call_options(self, cfg: float) -> dict[str, Any]:
+        return {"guidance_scale": cfg}
+
+
 def _is_file(model: str) -> bool:
     return FilePath(model).is_file()
 
