@@ -161,7 +161,9 @@ class DMDRConfig:
     reward_hps_weight: float = flag(0.3, "weight of the HPS loss", low=0)
     reward_margin: float = flag(0.7, "rewards above this are not pushed further")
     magic_prompt: str = flag("Realistic photo", "words put before the prompt for HPS alone; empty: none")
-    srpo: bool = flag(False, "HPS scores one wording of the prompt relative to another instead (semantic-relative, SRPO)")
+    srpo: bool = flag(
+        False, "HPS scores one wording of the prompt relative to another instead (semantic-relative, SRPO)"
+    )
     srpo_k: float = flag(0.1, "what is left of the plain score: (1 + k) cos(positive) - cos(negative)", low=0)
     srpo_positive: str = flag("Natural-lighting,Detailed,Realistic", "comma list of words to move towards")
     srpo_negative: str = flag("Painting,CG Render,Oil", "comma list of words to move away from")
