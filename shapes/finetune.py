@@ -31,11 +31,13 @@ def supervised(
     *,
     pictures_seed: int,
     more: dict[str, object] | None = None,
+    legs: tuple[int, ...] = (),
     threads: int | None = None,
 ) -> Path:
     """Train the denoiser of the pipeline `folder`; the folder of the last checkpoint's generator.
 
-    The run in `work`/`run_name` goes on where it stopped; another recipe needs another name.
+    The run in `work`/`run_name` goes on where it stopped; another recipe needs another name.  With `legs` it is trained
+    to the first of these steps, then on to the next, and so on: each leg has a cosine of its own length.
     """
     flags: dict[str, object] = {
         "method": "sft",
@@ -43,7 +45,6 @@ def supervised(
         "data-path-train": pictures(work, recipe.pictures, pictures_seed),
         "learning-rate-gen": recipe.learning_rate,
         "batch-size": recipe.batch_size,
-        "max-train-steps": recipe.steps,
         "lr-scheduler": "cosine",
         "lr-warmup-steps": recipe.warmup,
         "caption-dropout": recipe.caption_dropout,
@@ -60,8 +61,10 @@ def supervised(
     words = [word for key, value in flags.items() for word in (f"--{key}", str(value))]
     environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
     command = [sys.executable, "-m", "train_t2i", "train", *words, "--auto-resume"]
-    subprocess.run(command, check=True, env=environment)
-    return work / run_name / "checkpoints" / "accelerator_1" / f"step-{recipe.steps}"
+    legs = legs or (recipe.steps,)
+    for steps in legs:
+        subprocess.run([*command, "--max-train-steps", str(steps)], check=True, env=environment)
+    return work / run_name / "checkpoints" / "accelerator_1" / f"step-{legs[-1]}"
 
 
 def install(trained: Path, folder: Path, kind: Any) -> None:

@@ -209,9 +209,12 @@ def told_of_batch(record: dict[str, Any], engine: Engine, batch: tuple[int, int]
 def advice(settings: Settings, resume_from: Path | None) -> list[str]:
     run = settings.run
     starts_bare = resume_from is None and not run.xl_ode_pretrain_path and not run.generator_init
-    if run.method == "dmdr" and run.sample_num_steps == 1 and starts_bare:
-        return ["warning: a one-step student without --xl-ode-pretrain-path starts far from the teacher"]
-    return []
+    told = []
+    if run.method == "dmdr" and run.model_family == "sdxl" and run.sample_num_steps == 1 and starts_bare:
+        told.append("warning: a one-step student without --xl-ode-pretrain-path starts far from the teacher")
+    if isinstance(settings.method, DMDRConfig) and run.model_family == "flux" and settings.method.cfg_r > 1:
+        told.append("warning: FLUX.1-dev has its guidance in --guidance-embed; --cfg-r above 1 guides it a second time")
+    return told
 
 
 def adam_settings(settings: Settings, role: Role) -> AdamSettings:
