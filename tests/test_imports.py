@@ -56,11 +56,14 @@ ANNEXES = {
     "storage": "checkpoint",
     "peers": "engine",
     "tables": "data",
+    "prompts": "data",
+    "hub": "data",
 }
 # room -> the third-party packages it may import; a room that is not named may import any that is not reserved.
 LIBRARIES = {
     "errors": set(),
     "config": {"yaml"},
+    "data": {"torch", "numpy", "PIL", "pyarrow", "xxhash", "tqdm", "datasets"},
     "losses": {"torch"},
     "schedule": {"torch"},
     "randomness": {"torch", "numpy"},

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from train_t2i.data import Order, Row, batch_indices, fit_image, load_prompts, load_rows
+from train_t2i.data import Order, Row, batch_indices, fit_image, load_rows
 from train_t2i.errors import UserError
 from train_t2i.methods import Batch
 from train_t2i.pairs import PairStore
+from train_t2i.prompts import load_prompts
 from train_t2i.randomness import seeded_noise
 
 Item = dict[str, Any]
