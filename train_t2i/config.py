@@ -75,6 +75,10 @@ class Config:
         "prompts: txt, csv, tsv, jsonl, json or parquet; several with commas, a glob, a folder of them, or a dataset of the "
         "hub: hub:ORG/NAME[:SPLIT][:COLUMN] (ode: a pairs folder; sft: an image table)",
     )
+    prompt_cache: str | None = flag(
+        None, "folder that the cache verb made from the same prompts: no text encoder is loaded", resume="warn"
+    )
+    text_length: int = flag(0, "tokens of a prompt; 0: the family's own", low=0)
     batch_size: int = flag(8, "rows a process and micro-batch", low=1)
     batch_size_test: int = flag(2, "number of sample images", resume="free", low=1)
     sample_prompts: str | None = flag(None, "file of prompts for the sample images (default: the first)", resume="free")

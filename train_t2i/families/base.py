@@ -73,6 +73,7 @@ class Family(Protocol):
     block_names: tuple[str, ...]  # class names of the repeated blocks: sharding and checkpointing units
     latent_channels: int
     vae_factor: int  # pixels a latent cell, along one side
+    text_length: int  # tokens that a prompt is cut or filled up to
 
     def load(self, dtype: torch.dtype) -> nn.Module:
         """The bare frozen denoiser."""

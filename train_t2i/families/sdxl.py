@@ -32,6 +32,7 @@ class SDXL:
     )  # fmt: skip
     block_names: tuple[str, ...] = ("BasicTransformerBlock", "ResnetBlock2D")
     latent_channels = 4
+    text_length = 77  # CLIP's
 
     def __init__(
         self,
@@ -63,10 +64,14 @@ class SDXL:
         dtype: torch.dtype = torch.float32,
         vae: str | None = None,
         tiny_vae: str | None = None,
+        text_length: int | None = None,
+        encoders: bool = True,
         **options: Any,
     ) -> SDXL:
         """From a hub id, a pipeline folder or a file; ``options`` as the constructor takes them.  Raises UserError."""
-        pipe = _load_pipeline(model, dtype)
+        if text_length not in (None, cls.text_length):
+            raise UserError(f"--text-length {text_length}: SDXL reads {cls.text_length} tokens", "leave it out")
+        pipe = _load_pipeline(model, dtype, encoders)
         if vae:
             pipe.vae = _load_part(AutoencoderKL, vae, "--vae")
         tiny = _load_part(AutoencoderTiny, tiny_vae, "--tiny-vae") if tiny_vae else None
@@ -81,6 +86,8 @@ class SDXL:
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], negative: str | None = None) -> Cond:
         """Empty negative text means zeros, as the published pipeline does (``force_zeros_for_empty_prompt``)."""
+        if self.pipe.text_encoder is None:
+            raise RuntimeError("the text encoders were not loaded")
         guided = negative is not None
         tokens, neg_tokens, pooled, neg_pooled = self.pipe.encode_prompt(
             list(prompts),
@@ -142,24 +149,25 @@ def _is_file(model: str) -> bool:
     return FilePath(model).is_file()
 
 
-def _load_pipeline(model: str, dtype: torch.dtype) -> Any:
-    """Everything but the UNet."""
+def _load_pipeline(model: str, dtype: torch.dtype, encoders: bool = True) -> Any:
+    """Everything but the UNet, and without ``encoders`` but the text encoders."""
+    absent: dict[str, None] = dict.fromkeys(("unet",) if encoders else ("unet", "text_encoder", "text_encoder_2"))
     with _told(model, "--pretrained-model"):
         if _is_file(model):
-            pipe = _pipeline_of_file(model, dtype)
+            pipe = _pipeline_of_file(model, dtype, absent)
         else:
-            pipe = StableDiffusionXLPipeline.from_pretrained(model, unet=None, dtype=dtype, add_watermarker=False)
+            pipe = StableDiffusionXLPipeline.from_pretrained(model, dtype=dtype, add_watermarker=False, **absent)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
 
-def _pipeline_of_file(file: str, dtype: torch.dtype) -> Any:
+def _pipeline_of_file(file: str, dtype: torch.dtype, absent: dict[str, None]) -> Any:
     sdxl_file.check_file(file)
     first, second = sdxl_file.tokenizers()
     with sdxl_file.configs() as folder:
         return StableDiffusionXLPipeline.from_single_file(
-            file, config=folder, tokenizer=first, tokenizer_2=second, scheduler=sdxl_file.scheduler(), unet=None,
-            dtype=dtype, add_watermarker=False,
+            file, config=folder, tokenizer=first, tokenizer_2=second, scheduler=sdxl_file.scheduler(),
+            dtype=dtype, add_watermarker=False, **absent,
         )  # fmt: skip
 
 
