@@ -8,6 +8,8 @@ import re
 import shlex
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -151,6 +153,32 @@ def test_any_number_of_processes_makes_the_same_files(make: Make, whole: Path, t
     assert files_of(tmp_path / "out") == files_of(whole)
     assert "process 1 of" in said[-2][1]
     assert "22 prompts, 20 different" in said[-1][1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 4])
+def test_processes_of_a_launcher_make_the_same_files(whole, prompts, sdxl_folder, tmp_path, world) -> None:
+    """By torchrun, all at once."""
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(world),
+        "-m",
+        "train_t2i",
+    ]
+    flags = f"cache --out {tmp_path / 'out'} --pretrained-model {sdxl_folder} --data-path-train {prompts} {FLAGS}"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    for name in ("RANK", "WORLD_SIZE"):
+        environment.pop(name, None)
+    done = subprocess.run(
+        [*command, *flags.split()], env=environment, capture_output=True, text=True, timeout=600, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "22 prompts, 20 different" in done.stdout
+    assert files_of(tmp_path / "out") == files_of(whole)
 
 
 def test_a_process_makes_its_own_shards_alone(make: Make, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from train_t2i import build, prompt_cache
 from train_t2i.cache import main
 from train_t2i.errors import EXIT_USER, UserError
-from train_t2i.mapped import Mapped
+from train_t2i.mapped import Mapped, write_arrays
 from train_t2i.packing import STORES, Layout, pack, scales_of, unpack
 from train_t2i.prompt_cache import CachedText, PromptCache, check_key, shard_name
 from train_t2i.storage import Damaged
@@ -159,6 +159,28 @@ def test_few_shards_are_open_at_once(folder: Path, monkeypatch: pytest.MonkeyPat
         stored[row]
     assert len(stored._shards) == 2
     assert len(list(Path("/proc/self/fd").iterdir())) <= before + 2
+
+
+def resident_kb(path: Path) -> int:
+    """Of the maps of a file, as the kernel counts them."""
+    parts = Path("/proc/self/smaps").read_text().split(str(path))[1:]
+    return sum(int(part.split("Rss:")[1].split()[0]) for part in parts)
+
+
+def test_what_was_read_is_not_kept_in_memory(tmp_path: Path, folder: Path) -> None:
+    """Neither of a large file nor of a cache: memory does not grow with what was looked at."""
+    write_arrays(tmp_path / "large", {"payload": np.ones(1 << 24, np.uint8)}, {})
+    large = Mapped(tmp_path / "large")
+    assert int(large.arrays["payload"].sum()) == 1 << 24
+    assert resident_kb(tmp_path / "large") > 16_000
+    large.release()
+    assert resident_kb(tmp_path / "large") == 0
+    stored = PromptCache(folder)
+    for text in TEXTS:
+        stored.embedding(text)
+    assert sum(resident_kb(folder / shard_name(shard)) for shard in range(4)) == 0
+    stored.need(TEXTS)
+    assert resident_kb(folder / "index.safetensors") == 0
 
 
 def test_a_prompt_that_is_not_there_is_named(folder: Path, family: FakeText) -> None:
