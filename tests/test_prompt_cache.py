@@ -95,16 +95,16 @@ def test_bytes_and_back(store, dtype, length, width, pooled, seed, size, alike) 
         assert bool(((found.double() - tokens.double()).abs() <= bound + rounding).all())
 
 
-def test_neighbours_that_are_alike_cost_little() -> None:
-    """Lossless, and several times smaller than without the differences; rows that are not alike cost nothing more."""
+def test_neighbours_that_are_alike_cost_half() -> None:
+    """Less than half of what they cost without the differences (0.52); rows that are not alike cost nothing more (0.72)."""
     generator = torch.Generator().manual_seed(0)
-    row, drift = torch.randn(256, generator=generator), torch.randn(256, generator=generator)
-    alike = (row + torch.arange(400)[:, None] / 4000 * drift).bfloat16()
+    steps = torch.randn(400, 256, generator=generator) / 200
+    alike = (torch.randn(256, generator=generator) + steps.cumsum(0)).bfloat16()
     other = torch.randn(400, 256, generator=generator).bfloat16()
     layout = Layout("native", "bfloat16", 256, 0)
     sizes = [len(pack(layout, tokens, None)) / tokens.nbytes for tokens in (alike, other)]
-    assert sizes[0] < 0.2
-    assert sizes[1] < 0.8
+    assert sizes[0] < 0.26
+    assert sizes[1] < 0.73
 
 
 # -- reading ---------------------------------------------------------------------------------------------------------
@@ -249,6 +249,39 @@ def test_a_shard_that_is_cut_off_or_of_another_cache(copy: Path, tmp_path: Path)
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     path.write_bytes(data.replace(header["__metadata__"]["cache"].encode(), b"0" * 32))
     refused(lambda: PromptCache(copy)[9], shard_name(1), "is of another cache")
+
+
+def with_table(path: Path, name: str, row: int, value: int) -> None:
+    """Write another value into a table of a shard."""
+    shard = Mapped(path)
+    arrays = {key: array.copy() for key, array in shard.arrays.items()}
+    arrays[name][row] = value
+    write_arrays(path, arrays, shard.metadata)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("lengths", 1), ("lengths", 2**31 - 1), ("offsets", 0), ("offsets", -5), ("offsets", 2**40), ("prompts", 3)],
+)
+def test_a_table_that_lies_is_found(copy: Path, name: str, value: int) -> None:
+    with_table(copy / shard_name(1), name, 2, value)
+    refused(lambda: PromptCache(copy)[10], shard_name(1), "its entry 2 is damaged")
+
+
+def test_a_shard_without_a_table_and_shapes_that_lie(copy: Path, tmp_path: Path) -> None:
+    shard = Mapped(copy / shard_name(1))
+    arrays = {key: array.copy() for key, array in shard.arrays.items() if key != "digests"}
+    write_arrays(copy / shard_name(1), arrays, shard.metadata)
+    refused(lambda: PromptCache(copy)[10], shard_name(1), "holds no digests")
+    write_arrays(tmp_path / "x", {"payload": np.zeros(64, np.uint8)}, {})
+    (tmp_path / "x").write_bytes((tmp_path / "x").read_bytes().replace(b'"shape":[64]', b'"shape":[63]'))
+    with pytest.raises(Damaged, match="another size than its shape"):
+        Mapped(tmp_path / "x")
+    (tmp_path / "x").write_bytes(
+        (1 << 21).to_bytes(8, "little") + b"{}".ljust(1 << 21)
+    )  # garbage may say it is gigabytes
+    with pytest.raises(Damaged, match="no header"):
+        Mapped(tmp_path / "x")
 
 
 def test_an_index_that_leads_astray_is_found(copy: Path) -> None:

@@ -126,9 +126,11 @@ def _near_rows(bits: np.ndarray, eps: float) -> tuple[np.ndarray, np.ndarray]:
 
 def _summed(written: np.ndarray, near: np.ndarray) -> np.ndarray:
     """The bit patterns again, in place."""
-    for row in np.flatnonzero(near):
-        zigzag = written[row]
-        written[row] = written[row - 1] + ((zigzag >> 1) ^ (np.zeros((), zigzag.dtype) - (zigzag & 1)))
+    rows = np.flatnonzero(near)
+    zigzag = written[rows]
+    written[rows] = (zigzag >> 1) ^ (np.zeros((), zigzag.dtype) - (zigzag & 1))
+    for row in rows.tolist():
+        np.add(written[row], written[row - 1], out=written[row])
     return written
 
 
