@@ -37,7 +37,7 @@ def supervised(
     """Train the denoiser of the pipeline `folder`; the folder of the last checkpoint's generator.
 
     The run in `work`/`run_name` goes on where it stopped; another recipe needs another name.  With `legs` it is trained
-    to the first of these steps, then on to the next, and so on: each leg has a cosine of its own length.
+    to the first of these steps, then on to the next by a run that starts there: each leg has a cosine of its own.
     """
     flags: dict[str, object] = {
         "method": "sft",
@@ -55,16 +55,20 @@ def supervised(
         "resolution": 64,
         "seed": recipe.seed,
         "output-dir": work,
-        "exp-name": run_name,
         **(more or {}),
     }
     words = [word for key, value in flags.items() for word in (f"--{key}", str(value))]
     environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
     command = [sys.executable, "-m", "train_t2i", "train", *words, "--auto-resume"]
-    legs = legs or (recipe.steps,)
-    for steps in legs:
-        subprocess.run([*command, "--max-train-steps", str(steps)], check=True, env=environment)
-    return work / run_name / "checkpoints" / "accelerator_1" / f"step-{legs[-1]}"
+    last: Path | None = None
+    for steps in legs or (recipe.steps,):
+        name = f"{run_name}-{steps}" if last else run_name
+        start = ["--resume-ckpt", str(last)] if last else []
+        leg = ["--exp-name", name, "--max-train-steps", str(steps), *start]
+        subprocess.run([*command, *leg], check=True, env=environment)
+        last = work / name / "checkpoints" / "torch_units" / f"step-{steps}.pt"
+    assert last is not None
+    return last.parents[1] / "accelerator_1" / last.stem
 
 
 def install(trained: Path, folder: Path, kind: Any) -> None:
