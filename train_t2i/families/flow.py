@@ -107,7 +107,7 @@ class FlowFamily:
     def encode(self, prompts: Sequence[str], negative: str | None = None) -> Cond:
         """A negative is the encoding of its text, also of the empty one; it is made once and seen by all rows."""
         if not self.options.encoders:
-            raise UserError("no text encoder is loaded", "give --prompt-cache, or leave it out")
+            raise RuntimeError("the text encoders were not loaded")
         cond = self.complete(self._encode(list(prompts)))
         if negative is None:
             return cond

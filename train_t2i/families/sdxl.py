@@ -85,7 +85,7 @@ class SDXL:
     def encode(self, prompts: Sequence[str], negative: str | None = None) -> Cond:
         """Empty negative text means zeros, as the published pipeline does (``force_zeros_for_empty_prompt``)."""
         if self.pipe.text_encoder is None:
-            raise UserError("no text encoder is loaded", "give --prompt-cache, or leave it out")
+            raise RuntimeError("the text encoders were not loaded")
         guided = negative is not None
         tokens, neg_tokens, pooled, neg_pooled = self.pipe.encode_prompt(
             list(prompts),
