@@ -35,7 +35,9 @@ def built(settings: Settings) -> Method:
     networks = build.assemble(
         settings, family, uses=kind.uses, trains=kind.trains, dtype=torch.float32, place=lambda net, blocks: None
     )
-    return build.build_method(settings, networks, cpu, build.build_rewards(settings.method, torch.float32, cpu, False, 0))
+    return build.build_method(
+        settings, networks, cpu, build.build_rewards(settings.method, torch.float32, cpu, False, 0)
+    )
 
 
 def moved(method: Method, settings: Settings) -> Method:

@@ -51,7 +51,9 @@ def stock(folder: Path) -> Any:
     return pipe
 
 
-def stock_images(pipe: Any, latents: Tensor, renoise: list[Tensor], monkeypatch: Any, **call: Any) -> tuple[Tensor, list[float]]:
+def stock_images(
+    pipe: Any, latents: Tensor, renoise: list[Tensor], monkeypatch: Any, **call: Any
+) -> tuple[Tensor, list[float]]:
     """(images, times at the network's input, in [0, 1]) of a stock call with our noises."""
     import diffusers.schedulers.scheduling_flow_match_euler_discrete as euler
 

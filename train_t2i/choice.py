@@ -32,7 +32,9 @@ class ModelChoice(RunChoice):
     teacher_cfg: float = flag(7.0, "guidance of the teacher; 1: none", low=1)
     resolution: str = flag("1024", "image size of the teacher in pixels: N or WIDTHxHEIGHT (a run knows its own)")
     mixed_precision: str = flag("fp16", "number format of the teacher's network calls", choices=("no", "fp16", "bf16"))
-    text_length: int = flag(0, "tokens of the teacher's longest text; 0: its pipeline's own (a run knows its own)", low=0)
+    text_length: int = flag(
+        0, "tokens of the teacher's longest text; 0: its pipeline's own (a run knows its own)", low=0
+    )
     guidance_embed: float = flag(3.5, "what a guidance-distilled teacher (FLUX.1-dev) is told", low=0)
 
 

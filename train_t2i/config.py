@@ -35,6 +35,7 @@ def flag(
 FAMILY_NAMES = ("sdxl", "sd3", "flux", "qwen_image")
 METHOD_NAMES = ("dmdr", "ode", "sft")
 TIME_KINDS = ("uniform", "beta", "logit_normal")
+BASE_QUANTS = ("fp8", "int8", "nf4")
 # layout -> role -> (module, its adapter)
 LAYOUTS: dict[str, dict[str, tuple[str, str | None]]] = {
     "shared": {"generator": ("base", "generator"), "guidance": ("base", "guidance"), "teacher": ("base", None)},
@@ -77,6 +78,11 @@ class Config:
     )
     use_lora_gen: bool = flag(False, "train the generator as a LoRA of twice --lora-rank instead of all weights")
     lora_rank: int = flag(32, "LoRA rank of the guidance network", low=1)
+    base_quant: str = flag(
+        "none",
+        "frozen networks: none (in --mixed-precision), or the linear layers of their blocks in 8 or 4 bits (bitsandbytes)",
+        choices=("none", *BASE_QUANTS),
+    )
     layout: str = flag(
         "auto",
         "which roles share weights; auto: full generator paired, LoRA shared, LoRA on an initialised one paired_lora",
@@ -161,7 +167,9 @@ class DMDRConfig:
     reward_hps_weight: float = flag(0.3, "weight of the HPS loss", low=0)
     reward_margin: float = flag(0.7, "rewards above this are not pushed further")
     magic_prompt: str = flag("Realistic photo", "words put before the prompt for HPS alone; empty: none")
-    srpo: bool = flag(False, "HPS scores one wording of the prompt relative to another instead (semantic-relative, SRPO)")
+    srpo: bool = flag(
+        False, "HPS scores one wording of the prompt relative to another instead (semantic-relative, SRPO)"
+    )
     srpo_k: float = flag(0.1, "what is left of the plain score: (1 + k) cos(positive) - cos(negative)", low=0)
     srpo_positive: str = flag("Natural-lighting,Detailed,Realistic", "comma list of words to move towards")
     srpo_negative: str = flag("Painting,CG Render,Oil", "comma list of words to move away from")

@@ -125,7 +125,6 @@ class SDXL:
             part.to(device)
         return self
 
-
     def pipeline(self, net: Any, scheduler: Any, latent_size: tuple[int, int]) -> StableDiffusionXLPipeline:
         height, width = latent_size
         if height == width:
