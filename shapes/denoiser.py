@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
+from shapes import finetune
 from shapes.oracle import adherence
 from shapes.scenes import unique_captions
 from shapes.tokenizer import new_tokenizer
-from shapes.world import code_digest
 
 TIME_ID_WIDTH = 32  # width of the embedding of each of SDXL's six size numbers
 
@@ -135,45 +131,6 @@ def teacher_adherence(folder: Path, cfgs: tuple[float, ...], count: int = 500, s
 
 
 def train_denoiser(folder: Path, work: Path, recipe: DenoiserRecipe, run_name: str) -> None:
-    """Train the UNet of `folder` by the trainer's own ``--method sft`` and put it back there in half precision.
-
-    The run in `work`/`run_name` goes on where it stopped; another recipe needs another name.
-    """
-    pictures = work / f"pictures-{recipe.pictures}-{recipe.seed}-{code_digest()}"
-    render = [sys.executable, "-m", "shapes.scenes", "render", "--split", "train", "--count", str(recipe.pictures)]
-    if not (pictures / "metadata.csv").exists():
-        subprocess.run([*render, "--seed", str(recipe.seed), "--out", str(pictures)], check=True)
-    flags: dict[str, object] = {
-        "method": "sft",
-        "pretrained-model": folder,
-        "data-path-train": pictures / "metadata.csv",
-        "learning-rate-gen": recipe.learning_rate,
-        "batch-size": recipe.batch_size,
-        "max-train-steps": recipe.steps,
-        "lr-scheduler": "cosine",
-        "lr-warmup-steps": recipe.warmup,
-        "caption-dropout": recipe.caption_dropout,
-        "cache-rows": "on",
-        "num-workers": 1,
-        "mixed-precision": "no",
-        "sample-steps": 0,
-        "resolution": 64,
-        "seed": recipe.seed,
-        "output-dir": work,
-        "exp-name": run_name,
-    }
-    words = [word for key, value in flags.items() for word in (f"--{key}", str(value))]
-    subprocess.run([sys.executable, "-m", "train_t2i", "train", *words, "--auto-resume"], check=True)
-    trained = work / run_name / "checkpoints" / "accelerator_1" / f"step-{recipe.steps}"
-    install_unet(trained, folder)
-
-
-def install_unet(trained: Path, folder: Path) -> None:
-    """Replace the UNet of a pipeline folder by the generator of the checkpoint `trained`."""
-    weights = trained / "model.safetensors"
-    unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder / "unet"))
-    unet.load_state_dict(load_file(weights))
-    fresh = folder / "unet.partial"
-    unet.half().save_pretrained(fresh)
-    shutil.rmtree(folder / "unet")
-    fresh.rename(folder / "unet")
+    """Train the UNet of `folder` and put it back there in half precision."""
+    trained = finetune.supervised(folder, work, recipe, run_name, pictures_seed=recipe.seed)
+    finetune.install(trained, folder / "unet", UNet2DConditionModel)

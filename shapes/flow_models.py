@@ -40,8 +40,9 @@ class FlowRecipe:
     heads: int
     layers: int
     single_layers: int = 0  # FLUX.1's
+    steps: int = 6500
     pictures: int = 6144
-    steps: int = 5000
+    pictures_seed: int = 41  # those of the tiny SDXL
     batch_size: int = 32
     learning_rate: float = 1.5e-3
     warmup: int = 200
@@ -67,7 +68,8 @@ def new_transformer(recipe: FlowRecipe, text_width: int, pooled_width: int) -> A
         "num_attention_heads": recipe.heads, "joint_attention_dim": text_width,
     }  # fmt: skip
     head = recipe.width // recipe.heads
-    axes = (head - 2 * (3 * head // 8), 3 * head // 8, 3 * head // 8)  # as 16, 56, 56 of 128, nearly
+    side = 2 * (3 * head // 16)
+    axes = (head - 2 * side, side, side)  # even, and nearly as 16, 56, 56 of 128
     if recipe.family == "sd3":
         net: Any = SD3Transformer2DModel(
             **shared, sample_size=LATENT_CELLS, caption_projection_dim=recipe.width, pooled_projection_dim=pooled_width,

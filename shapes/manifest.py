@@ -17,6 +17,21 @@ TINY = (
         ("autoencoder", "text", "denoiser"),
         "teacher of the embedded world, a StableDiffusionXLPipeline folder",
     ),
+    (
+        "tiny-sd3",
+        ("wide-autoencoder", "t5", "sd3"),
+        "teacher of the embedded world, a StableDiffusion3Pipeline folder",
+    ),
+    (
+        "tiny-flux",
+        ("wide-autoencoder", "t5", "flux", "flux-guidance"),
+        "teacher of the embedded world, a FluxPipeline folder, its guidance distilled into a number",
+    ),
+    (
+        "tiny-qwen-image",
+        ("qwen-autoencoder", "qwen-text", "qwen-image"),
+        "teacher of the embedded world, a QwenImagePipeline folder",
+    ),
     ("tiny-taesd", ("tiny-decoder",), "fast decoder for tiny-sdxl latents (AutoencoderTiny)"),
     ("tiny-clip", ("clip",), "reward: contrastive tower, an open_clip folder"),
     ("tiny-hps", ("hps",), "reward: preference tower, saved as HPSv2.1 is"),

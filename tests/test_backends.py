@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from flow_models import save_flow
 from launched import Plan, launch
 from safetensors.torch import load_file
 from test_distributed import close_logs
@@ -32,7 +33,11 @@ CASES = {
     "paired_lora": ("dmdr", "--use-lora-gen --layout paired_lora", 1),
     "separate": ("dmdr", "--layout separate --lora-rank 32 --gradient-checkpointing", 1),
     "eight_bit": ("sft", "--use-8bit-adam", 1),
-}
+    "flux": ("dmdr", "--pretrained-model {flux} --text-length 24 --use-lora-gen --sample-num-steps 2 --sample-type ode", 1),
+    "qwen_image": (
+        "dmdr", "--pretrained-model {qwen_image} --use-lora-gen --sample-num-steps 2 --cfg-r 3 --gradient-checkpointing", 1
+    ),
+}  # fmt: skip
 
 
 TWO = {"shared": "--use-lora-gen", "paired": ""}
@@ -47,13 +52,14 @@ class World:
         self.trainer = Trainer(root, flags, lambda: ("", ""))
         self.traffic: dict[str, Any] = {}
         self.rewards = f"--clip-reward-model {towers['clip']} --reward-margin 2"
+        self.models = {name: save_flow(root / name, name) for name in ("flux", "qwen_image")}
 
     def arguments(self, case: str, name: str, processes: int, more: str = "") -> list[str]:
         method, flags, micro = CASES[case]
         micro = micro if processes * micro <= ROWS and processes > 1 else 1
         batch = f"--batch-size {ROWS // (processes * micro)} --gradient-accumulation-steps {micro}"
         backend = f"--backend {self.backend}" if processes > 1 else ""
-        flags = f"{COMMON} {flags.format(rewards=self.rewards)} {batch} {backend} {more}"
+        flags = f"{COMMON} {flags.format(rewards=self.rewards, **self.models)} {batch} {backend} {more}"
         return self.trainer.arguments(name, flags, method)
 
     def alone(self, case: str) -> Path:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from shapes import autoencoder as ae
-from shapes import degrade, denoiser, measure, parallel, pretrain, render, scenes, towers
+from shapes import degrade, denoiser, finetune, measure, parallel, pretrain, render, scenes, sdxl_stages, towers
 from shapes.manifest import write_manifest
 from shapes.muon import orthogonal
 from shapes.tokenizer import new_tokenizer
@@ -87,7 +87,7 @@ class Stages:
         self.recipe("first")
 
     def stage(self, name, recipe, needs):
-        def make(paths):
+        def make(paths, run_name):
             self.made.append(name)
             (paths.out / name).mkdir(exist_ok=True)
             return {"quality": 1.0}
@@ -141,7 +141,7 @@ def test_what_was_built_on_a_replaced_stage_has_no_quality(stages):
 def test_an_interrupted_force_goes_on_without_it(stages, monkeypatch):
     stages.go()
     first, second, third = pretrain.STAGES
-    monkeypatch.setattr(pretrain, "STAGES", (first, replace(second, make=lambda paths: 1 / 0), third))
+    monkeypatch.setattr(pretrain, "STAGES", (first, replace(second, make=lambda paths, run_name: 1 / 0), third))
     with pytest.raises(ZeroDivisionError):
         stages.go("--force", "a")
     stages.recipe("first")
@@ -181,8 +181,8 @@ def test_an_interrupted_render_is_made_again(tmp_path, monkeypatch):
 def test_every_recipe_of_the_denoiser_has_its_own_pictures_and_run(tmp_path, monkeypatch):
     """What differs must not go on from what is there."""
     commands = []
-    monkeypatch.setattr(denoiser.subprocess, "run", lambda command, check: commands.append(command))
-    monkeypatch.setattr(denoiser, "install_unet", lambda trained, folder: commands.append([str(trained)]))
+    monkeypatch.setattr(finetune.subprocess, "run", lambda command, check, env=None: commands.append(command))
+    monkeypatch.setattr(finetune, "install", lambda trained, folder, kind: commands.append([str(trained)]))
     few = denoiser.DenoiserRecipe(pictures=4, steps=2)
     for recipe, name in ((few, "one"), (replace(few, pictures=5), "two"), (replace(few, seed=1), "three")):
         denoiser.train_denoiser(tmp_path, tmp_path, recipe, name)
@@ -203,8 +203,11 @@ def test_committed_files_have_the_digests_of_the_manifest_and_fit_the_budget():
             data = (CHECKPOINTS / name / file).read_bytes()
             total += len(data)
             assert hashlib.sha256(data).hexdigest() == digest, f"{name}/{file}"
-    assert set(listed["tiny"]) == {"tiny-sdxl", "tiny-taesd", "tiny-clip", "tiny-hps", "tiny-clip-heldout"}
-    assert total <= 20e6
+    teachers = {"tiny-sdxl", "tiny-sd3", "tiny-flux", "tiny-qwen-image"}
+    assert set(listed["tiny"]) == {*teachers, "tiny-taesd", "tiny-clip", "tiny-hps", "tiny-clip-heldout"}
+    assert total <= 38e6
+    for name in teachers - {"tiny-sdxl"}:
+        assert sum(file.stat().st_size for file in (CHECKPOINTS / name).rglob("*") if file.is_file()) <= 6e6
 
 
 def test_what_was_written_by_hand_stays_in_the_manifest(tmp_path):
@@ -264,7 +267,7 @@ def test_towers_are_saved_for_the_whole_vocabulary_of_clip():
 
 
 def test_recipes_differ_where_they_must():
-    assert pretrain.HELD_OUT.seed != pretrain.CLIP.seed
-    assert pretrain.HELD_OUT.vision != pretrain.CLIP.vision
-    changed = replace(pretrain.STAGES[0], recipe=replace(pretrain.AUTOENCODER, seed=99))
+    assert sdxl_stages.HELD_OUT.seed != sdxl_stages.CLIP.seed
+    assert sdxl_stages.HELD_OUT.vision != sdxl_stages.CLIP.vision
+    changed = replace(pretrain.STAGES[0], recipe=replace(sdxl_stages.AUTOENCODER, seed=99))
     assert pretrain.digest(changed) != pretrain.digest(pretrain.STAGES[0])

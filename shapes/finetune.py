@@ -1,0 +1,74 @@
+"""The tiny denoisers are trained by the trainer's own ``--method sft``, as users would."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+from shapes.world import code_digest
+
+
+def pictures(work: Path, count: int, seed: int) -> Path:
+    """The table of `count` rendered training scenes, made when it is missing."""
+    folder = work / f"pictures-{count}-{seed}-{code_digest()}"
+    render = [sys.executable, "-m", "shapes.scenes", "render", "--split", "train", "--count", str(count)]
+    if not (folder / "metadata.csv").exists():
+        subprocess.run([*render, "--seed", str(seed), "--out", str(folder)], check=True)
+    return folder / "metadata.csv"
+
+
+def supervised(
+    folder: Path,
+    work: Path,
+    recipe: Any,
+    run_name: str,
+    *,
+    pictures_seed: int,
+    more: dict[str, object] | None = None,
+    threads: int | None = None,
+) -> Path:
+    """Train the denoiser of the pipeline `folder`; the folder of the last checkpoint's generator.
+
+    The run in `work`/`run_name` goes on where it stopped; another recipe needs another name.
+    """
+    flags: dict[str, object] = {
+        "method": "sft",
+        "pretrained-model": folder,
+        "data-path-train": pictures(work, recipe.pictures, pictures_seed),
+        "learning-rate-gen": recipe.learning_rate,
+        "batch-size": recipe.batch_size,
+        "max-train-steps": recipe.steps,
+        "lr-scheduler": "cosine",
+        "lr-warmup-steps": recipe.warmup,
+        "caption-dropout": recipe.caption_dropout,
+        "cache-rows": "on",
+        "num-workers": 1,
+        "mixed-precision": "no",
+        "sample-steps": 0,
+        "resolution": 64,
+        "seed": recipe.seed,
+        "output-dir": work,
+        "exp-name": run_name,
+        **(more or {}),
+    }
+    words = [word for key, value in flags.items() for word in (f"--{key}", str(value))]
+    environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+    command = [sys.executable, "-m", "train_t2i", "train", *words, "--auto-resume"]
+    subprocess.run(command, check=True, env=environment)
+    return work / run_name / "checkpoints" / "accelerator_1" / f"step-{recipe.steps}"
+
+
+def install(trained: Path, folder: Path, kind: Any) -> None:
+    """Replace the model of class `kind` in `folder` by the generator of the checkpoint `trained`, in half precision."""
+    model = kind.from_config(kind.load_config(folder))
+    model.load_state_dict(load_file(trained / "model.safetensors"))
+    fresh = folder.with_name(f"{folder.name}.partial")
+    model.half().save_pretrained(fresh)
+    shutil.rmtree(folder)
+    fresh.rename(folder)

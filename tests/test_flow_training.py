@@ -1,0 +1,147 @@
+"""DMDR on SD3, FLUX.1 and Qwen-Image: a LoRA generator on the base that teacher and guidance share, from the command line."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import tiny_runs
+import torch
+from flow_models import FAMILIES, save_flow
+
+from train_t2i.__main__ import main
+from train_t2i.build import build_family, build_method, resolved
+from train_t2i.config import Config, DMDRConfig, Settings
+from train_t2i.families import load_family
+from train_t2i.methods.base import Batch, Clock
+from train_t2i.sampling import few_step
+
+PROMPTS = ["a small red circle", "a large blue square left of a small green cross, grey background"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("flow")
+    return {name: save_flow(root / name, name) for name in FAMILIES}
+
+
+def settings_of(folder: Path, sample_type: str = "ode", **method: Any) -> Settings:
+    run = Config(
+        pretrained_model=str(folder), use_lora_gen=True, sample_num_steps=4, sample_type=sample_type, shift=3.0,
+        resolution="48x32", text_length=24, mixed_precision="no", lora_rank=2,
+    )  # fmt: skip
+    return resolved(Settings(run, DMDRConfig(cfg_r=2.0, **method)))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_run_with_rewards_resumes_bit_for_bit(
+    name: str, folders: dict[str, Path], prompts_file: Path, towers: dict[str, Path], tmp_path: Path
+) -> None:
+    """Both dynamic strategies, SRPO, the ODE simulation, gradient checkpointing: 3 steps == 1 + resume + 2."""
+    flags = (
+        "--use-lora-gen --sample-num-steps 2 --sample-type ode --shift 3 --text-length 24 --dynamic-step 3 --s-type-gui beta "
+        f"--clip-reward-model {towers['clip']} --hpsv2-reward-model {towers['hpsv2']} --reward-margin 2 --srpo --srpo-k 0.2 "
+        "--gradient-checkpointing --max-train-steps 3 "
+    )
+    whole = tiny_runs.train(tmp_path, "whole", flags + "--cold-start-iter 1", model=folders[name], prompts=prompts_file)
+    cut = tiny_runs.stopped_at(whole, 1, "cut")
+    again = tiny_runs.train(
+        tmp_path, "cut", flags + "--cold-start-iter 1 --auto-resume", model=folders[name], prompts=prompts_file
+    )
+    assert again == cut
+    tiny.assert_same_checkpoint(whole, again, 3)
+    tiny.assert_same_logs(whole, again)
+    assert any(line.get("reward_hps") for line in tiny.log_lines(whole))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_one_base_serves_all_three_roles(name: str, folders: dict[str, Path]) -> None:
+    settings = settings_of(folders[name])
+    assert settings.run.layout == "shared"
+    family = build_family(settings.run, torch.float32)
+    nets = tiny.networks(family, "shared")
+    assert list(nets.modules) == ["base"]
+    frozen = {key: p.clone() for key, p in nets.modules["base"].named_parameters() if not p.requires_grad}
+    plain = family.load(torch.float32).state_dict()
+    assert all(torch.equal(plain[key.replace(".base_layer", "")], value) for key, value in frozen.items())
+
+
+def test_the_ode_rollout_is_the_finished_sample_noised_anew(folders: dict[str, Path]) -> None:
+    """DMDR's SD3 recipe: the student runs to the end, and its sample is noised to a level drawn a row."""
+    settings = settings_of(folders["sd3"])
+    family = build_family(settings.run, torch.float32)
+    nets = tiny.networks(family, "shared")
+    tiny.shake(nets.modules["base"])
+    method = build_method(settings, nets, torch.device("cpu"), ())
+    batch, clock = Batch([0, 1], PROMPTS), Clock()
+    rollout = method.rollout(batch, clock)
+    setting = method.setting  # type: ignore[attr-defined]
+    draw, cond = setting.draw(clock, batch.indices), family.encode(PROMPTS)
+    finished = few_step(
+        lambda x, t: nets.x0("generator", x, t, cond), family.path, setting.grid,
+        draw.normal("simulation/0", setting.latent_shape), None,
+    )  # fmt: skip
+    torch.testing.assert_close(rollout.x0, finished, rtol=0, atol=1e-5)
+    fresh = draw.normal("student_input", setting.latent_shape)
+    torch.testing.assert_close(rollout.x_t, family.path.add_noise(finished, fresh, rollout.t), rtol=0, atol=1e-5)
+    assert set(rollout.t.tolist()) <= {round(float(t), 7) for t in setting.grid[:-1]} | set(setting.grid[:-1].tolist())
+
+
+def test_sde_and_ode_differ_and_one_step_does_not(folders: dict[str, Path]) -> None:
+    drawn = {}
+    for sample_type in ("ode", "sde"):
+        settings = settings_of(folders["flux"], sample_type)
+        family = build_family(settings.run, torch.float32)
+        method = build_method(settings, tiny.networks(family, "shared"), torch.device("cpu"), ())
+        drawn[sample_type] = method.rollout(Batch([0, 1], PROMPTS), Clock()).x0
+    assert not torch.allclose(drawn["ode"], drawn["sde"])
+
+
+def test_flags_that_an_architecture_has_no_use_for_are_refused(
+    folders: dict[str, Path], sdxl_folder: Path, prompts_file: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def told(model: Path, more: str) -> str:
+        flags = f"train --pretrained-model {model} --data-path-train {prompts_file} --output-dir {tmp_path} {more}"
+        return tiny_runs.refused(capsys, *shlex.split(flags))
+
+    assert "--text-length does nothing for sdxl" in told(sdxl_folder, "--text-length 64")
+    assert "--guidance-embed does nothing for sd3" in told(folders["sd3"], "--guidance-embed 2")
+    lora = "--use-lora-gen --resolution 64 --mixed-precision no"
+    assert "no layer to_everything" in told(folders["sd3"], f"{lora} --lora-targets to_q,to_everything")
+    assert "not a regular expression" in told(folders["sd3"], f"{lora} --lora-targets 'to_(q'")
+    assert "multiples of 16" in told(folders["flux"], "--use-lora-gen --resolution 72 --mixed-precision no")
+
+
+def test_lora_targets_are_the_users_choice(folders: dict[str, Path]) -> None:
+    from train_t2i.build import adapter_specs
+    from train_t2i.networks import add_adapter
+
+    run = settings_of(folders["sd3"]).run
+    family = load_family("sd3", str(folders["sd3"]))
+    spec = adapter_specs(type(run)(**{**vars(run), "lora_targets": r"ff\.net\.2, attn\.to_q"}))["generator"]
+    net = family.load(torch.float32)
+    add_adapter(net, family, "generator", spec)
+    adapted = {key.split(".lora_A")[0] for key, _ in net.named_parameters() if ".lora_A." in key}
+    assert adapted == {f"transformer_blocks.{i}.{end}" for i in range(2) for end in ("ff.net.2", "attn.to_q")}
+
+
+def test_the_trained_grid_shift_and_text_length_are_in_the_checkpoint(
+    folders: dict[str, Path], prompts_file: Path, tmp_path: Path
+) -> None:
+    from train_t2i.checkpoint import run_of
+
+    flags = "--use-lora-gen --sample-num-steps 4 --shift 5 --text-length 24"
+    run = tiny_runs.train(tmp_path, "run", flags, model=folders["sd3"], prompts=prompts_file)
+    path = tiny_runs.record(run, 2)
+    _, record = run_of(path).load(path, [])
+    assert record["grid"] == pytest.approx([1.0, 0.9375, 0.833333, 0.625, 0.0], abs=1e-6)
+    assert (record["settings"]["shift"], record["settings"]["text_length"]) == (5.0, 24)
+
+
+def test_help_names_the_families(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    assert "qwen_image" in capsys.readouterr().out
