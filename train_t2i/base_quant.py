@@ -37,7 +37,7 @@ def table(kind: str) -> Tensor:
     """(256,) fp32: what the codes of an 8-bit kind stand for, in [-1, 1]."""
     functions = library()
     made = functions.create_fp8_map(True, 4, 3, 8) if kind == "fp8" else functions.create_linear_map(True, 8)
-    return made.float()  # type: ignore[no-any-return]
+    return made.float()
 
 
 def _near(weight: Tensor) -> Tensor:
@@ -76,15 +76,15 @@ class QuantizedLinear(nn.Linear):
             absmax=self.scales, shape=shape, code=self.codebook, blocksize=BLOCK[self.kind], quant_type=self.kind, dtype=dtype
         )  # fmt: skip
         if self.kind == "nf4":
-            return functions.dequantize_4bit(self.weight, state)  # type: ignore[no-any-return]
-        return functions.dequantize_blockwise(self.weight, state)  # type: ignore[no-any-return]
+            return functions.dequantize_4bit(self.weight, state)
+        return functions.dequantize_blockwise(self.weight, state)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out), in autocast's format where it is on."""
         device = "cpu" if x.is_meta else x.device.type  # meta tensors have no autocast of their own
         if torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
-        return _Product.apply(x, self)  # type: ignore[no-any-return,no-untyped-call]
+        return _Product.apply(x, self)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, kind={self.kind}"

@@ -139,7 +139,7 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: 
     """``F.scaled_dot_product_attention`` by shapes; meta tensors alone go that way."""
     rows = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
     query, key, value = (t.expand(*rows, *t.shape[-2:]) for t in (query, key, value))
-    return Flash.apply(query, key, value)  # type: ignore[no-any-return,no-untyped-call]
+    return Flash.apply(query, key, value)
 
 
 class _Casts:

@@ -157,7 +157,7 @@ def empty_cond(family: Any, found: Published, rows: int, length: int, dtype: tor
         return Cond(made(77 + length, config["joint_attention_dim"]), made(config["pooled_projection_dim"]))
     if found.family == "flux":
         cond = Cond(made(length, config["joint_attention_dim"]), made(config["pooled_projection_dim"]))
-        return family.told_guidance(cond, family.options.guidance)  # type: ignore[no-any-return]
+        return family.told_guidance(cond, family.options.guidance)
     return Cond(made(length, config["joint_attention_dim"]))
 
 

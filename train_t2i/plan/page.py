@@ -49,7 +49,7 @@ def table(plan: Plan) -> list[str]:
     others = [
         f"  {name}: {gb(sum(parts)).strip()}"
         for name, parts in plan.phases.items()
-        if name != plan.worst and sum(parts)
+        if name != plan.worst and any(parts)
     ]
     shown = [f"{gb(count)}  {what}" for what, count in rows if count]
     return [*shown, *(["in place of the worst phase's gradients and activations:", *others] if others else [])]

@@ -114,7 +114,7 @@ def module_bytes(net: nn.Module, networks: Networks, name: str, dtype: torch.dty
 def quantizable(net: nn.Module, block_names: Sequence[str]) -> list[int]:
     """Elements of each linear layer in the blocks, those under an adapter too."""
     names = [name for name in quantized_layers(net, block_names) if ".lora_" not in name]
-    return [net.get_submodule(name).weight.numel() for name in names]  # type: ignore[union-attr,operator]
+    return [net.get_submodule(name).weight.numel() for name in names]  # type: ignore[operator]
 
 
 def _cast(net: nn.Module, dtype: torch.dtype) -> None:
