@@ -56,6 +56,7 @@ ANNEXES = {
     "cli": "config",
     "config_checks": "config",
     "storage": "checkpoint",
+    "base_quant": "networks",
     "peers": "engine",
     "tables": "data",
     "prompts": "data",
@@ -75,7 +76,7 @@ LIBRARIES = {
     "randomness": {"torch", "numpy"},
     "sampling": {"torch"},
     "methods": {"torch"},
-    "networks": {"torch", "peft", "safetensors"},
+    "networks": {"torch", "peft", "safetensors", "bitsandbytes"},
     "families": {"torch", "diffusers", "transformers", "safetensors", "open_clip", "huggingface_hub", "numpy", "PIL"},
     "engine": {"torch", "numpy", "accelerate", "deepspeed", "bitsandbytes"},
     "checkpoint": {"torch", "numpy", "safetensors", "xxhash"},
@@ -84,7 +85,7 @@ LIBRARIES = {
     "rewards": {"torch", "torchvision", "open_clip", "transformers", "safetensors"},
     "shapes": {"torch", "numpy", "diffusers", "open_clip", "transformers", "tokenizers", "safetensors", "PIL", "tqdm"},
 }
-RESERVED = {"accelerate": "engine", "deepspeed": "engine", "bitsandbytes": "engine"}
+RESERVED = {"accelerate": ("engine",), "deepspeed": ("engine",), "bitsandbytes": ("engine", "networks")}
 HEAVY = {"torch", "torchvision", "diffusers", "transformers", "accelerate", "open_clip", "peft", "wandb", "matplotlib"}
 LIGHT = (
     "train_t2i/__init__.py",
@@ -153,8 +154,8 @@ def wrong_imports(path: str, source: str) -> list[str]:
             if other == "shapes" or (allowed is not None and other not in allowed and exact not in allowed):
                 found.append(f"{path}:{line}: {room} may not import {name}")
         elif target[0] not in sys.stdlib_module_names:
-            if target[0] in RESERVED and room != RESERVED[target[0]]:
-                found.append(f"{path}:{line}: only {RESERVED[target[0]]} may import {target[0]}")
+            if target[0] in RESERVED and room not in RESERVED[target[0]]:
+                found.append(f"{path}:{line}: only {' and '.join(RESERVED[target[0]])} may import {target[0]}")
             elif target[0] not in LIBRARIES.get(room, {target[0]}):
                 found.append(f"{path}:{line}: {room} may not import {target[0]}")
     return found

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import rewards
 from rewards.weights import read_state
+from train_t2i import base_quant
 from train_t2i.checkpoint import RECORDS, run_of
 from train_t2i.config import Config, DMDRConfig, Settings, listed, parse_resolution, resolved_layout, reward_weights
 from train_t2i.errors import UserError
@@ -120,9 +121,21 @@ def assemble(
         dtype=dtype,
         place=place,
         checkpointing=run.gradient_checkpointing,
+        base_quant=run.base_quant,
         autocast=autocast,
         prepare=initialise,
     )
+
+
+def check_base_quant(run: Config, backend: str) -> None:
+    """Raises UserError where the frozen weights cannot be quantised: told before anything loads."""
+    if run.base_quant == "none":
+        return
+    if backend != "ddp":
+        raise UserError(
+            f"--base-quant {run.base_quant} on {backend}: quantised weights are not shared out", "use --backend ddp"
+        )
+    base_quant.library()
 
 
 def build_method(

@@ -35,6 +35,7 @@ def flag(
 FAMILY_NAMES = ("sdxl", "sd3", "flux", "qwen_image")
 METHOD_NAMES = ("dmdr", "ode", "sft")
 TIME_KINDS = ("uniform", "beta", "logit_normal")
+BASE_QUANTS = ("fp8", "int8", "nf4")
 # layout -> role -> (module, its adapter)
 LAYOUTS: dict[str, dict[str, tuple[str, str | None]]] = {
     "shared": {"generator": ("base", "generator"), "guidance": ("base", "guidance"), "teacher": ("base", None)},
@@ -77,6 +78,11 @@ class Config:
     )
     use_lora_gen: bool = flag(False, "train the generator as a LoRA of twice --lora-rank instead of all weights")
     lora_rank: int = flag(32, "LoRA rank of the guidance network", low=1)
+    base_quant: str = flag(
+        "none",
+        "frozen networks: none (in --mixed-precision), or the linear layers of their blocks in 8 or 4 bits (bitsandbytes)",
+        choices=("none", *BASE_QUANTS),
+    )
     layout: str = flag(
         "auto",
         "which roles share weights; auto: full generator paired, LoRA shared, LoRA on an initialised one paired_lora",

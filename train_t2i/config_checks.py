@@ -36,6 +36,10 @@ def _guidance_is_lora(v: Values) -> bool:
     return v.method == "dmdr" and LAYOUTS[v.layout]["guidance"][1] is not None
 
 
+def _keeps_frozen(v: Values) -> bool:
+    return v.use_lora_gen or v.method not in ("ode", "sft")
+
+
 ONE_STEP = ("on one step", "distil (dmdr, ode) with --sample-num-steps above 1")
 NO_TEACHER = (
     "with --method ode, which runs no teacher",
@@ -55,6 +59,7 @@ CONDITIONAL = (
     Acts("shift", _few_steps, *ONE_STEP),
     Acts("lora_targets", lambda v: v.use_lora_gen or _guidance_is_lora(v), "where nothing trained is a LoRA", "give --use-lora-gen"),
     Acts("lora_rank", lambda v: v.use_lora_gen or _guidance_is_lora(v), "where nothing trained is a LoRA", "give --use-lora-gen"),
+    Acts("base_quant", _keeps_frozen, "where all that is loaded is trained in full", "give --use-lora-gen"),
     Acts("tiny_vae", _rewarded, *NO_REWARD),
     Acts("teacher_num_steps", lambda v: v.method != "ode", *NO_TEACHER),
     Acts("teacher_cfg", lambda v: v.method != "ode", *NO_TEACHER),
@@ -105,6 +110,11 @@ def check(settings: Settings) -> None:
     if not plain_name(run.exp_name):
         raise UserError(
             f"--exp-name {run.exp_name!r}: not a plain folder name", "name one folder; --output-dir says where it lies"
+        )
+    if run.base_quant != "none" and run.backend in ("fsdp2", "zero2", "zero3"):
+        raise UserError(
+            f"--base-quant {run.base_quant} does not go with --backend {run.backend}: quantised weights are not shared out",
+            "use --backend ddp",
         )
     _check_student(run)
     _check_targets(run.lora_targets)

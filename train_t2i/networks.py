@@ -19,6 +19,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from train_t2i.base_quant import quantize_blocks
 from train_t2i.config import LAYOUTS
 from train_t2i.errors import UserError
 from train_t2i.families.base import Cond, Family
@@ -204,12 +205,13 @@ def build_networks(
     dtype: torch.dtype,
     place: Callable[[nn.Module, tuple[str, ...]], object],
     checkpointing: bool = False,
+    base_quant: str = "none",
     autocast: Callable[[], AbstractContextManager] = nullcontext,
     prepare: Callable[[dict[str, nn.Module]], None] = lambda modules: None,
 ) -> Networks:
     """Load what the used roles need, once; trained full modules in fp32, frozen ones in ``dtype``.
 
-    ``prepare(modules)`` may load other weights into "gen" before adapters are put on (an initialised generator);
+    ``base_quant`` keeps the blocks of frozen modules in fewer bits (base_quant.py).  ``prepare(modules)`` may load other weights into "gen" before adapters are put on (an initialised generator);
     ``place(net, block class names)`` puts a finished network on the device.
     """
     routes = LAYOUTS[layout]
@@ -217,6 +219,9 @@ def build_networks(
     full = {routes[role][0] for role in trains if routes[role][1] is None}
     modules: dict[str, Any] = {name: family.load(torch.float32 if name in full else dtype) for name in sorted(needed)}
     prepare(modules)
+    if base_quant != "none":
+        for name in needed - full:
+            quantize_blocks(modules[name], family.block_names, base_quant)
     for role in (r for r in uses if routes[r][1] is not None):
         add_adapter(modules[routes[role][0]], family, str(routes[role][1]), adapters[role])
     for net in modules.values():

@@ -144,6 +144,7 @@ def prepare(settings: Settings, folder: RunFolder, engine: Engine, stop: StopReq
             "put --output-dir on a disk that all machines share",
         )
     check_trains(settings, record["step"])
+    build.check_base_quant(cfg, engine.backend_name)
     found = build.check_rewards(settings.method)
     build.check_initial(cfg)
     data = dataset_for(kind.data, cfg.data_path_train, settings.size_px, cfg.prompt_cache)

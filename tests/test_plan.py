@@ -1,0 +1,355 @@
+"""The plan: the published models on the meta device, a ledger against what is really allocated, the shares of backends."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from flow_models import save_flow
+from measured import measured_tick, peak_bytes
+from torch import nn
+
+from train_t2i.__main__ import main
+from train_t2i.cli import parse
+from train_t2i.config import METHOD_NAMES, Config, Settings
+from train_t2i.errors import EXIT_DONE, EXIT_USER, UserError
+from train_t2i.families.published import FIRST_OF, PUBLISHED
+from train_t2i.plan import MODELS, ledger, parse_plan
+from train_t2i.plan.estimate import CONTEXT_BYTES, FRAGMENTATION, GB, NETWORK_BYTES, estimate, levers
+from train_t2i.plan.ledger import Ledger, Peak, like_a_gpu
+from train_t2i.plan.model import count_encoder, empty_family, published_of
+from train_t2i.plan.rehearsal import ModuleBytes, Rehearsal, empty_networks, rehearse
+
+FAMILIES = ("sdxl", "sd3", "flux", "qwen_image")
+EXACT = {"gradient_share": 1.0, "gathered": False}
+
+
+def planned(arguments: str) -> tuple[Settings, Any]:
+    settings = parse(shlex.split(arguments))
+    _, published = published_of(settings.run, None)
+    return replace(settings, run=replace(settings.run, model_family=published.family)), published
+
+
+# -- the published models --------------------------------------------------------------------------------------------
+
+# parameters; blocks by class; LoRA elements at rank 1: the sum of (in + out) over the targets, worked out by hand
+#   SD3: (8 L - 2) layers of width W to W (nothing reads the last block's text), SD3.5-medium 13 x 4 more
+#   FLUX.1: 19 x (8 x 6144 + 4 x 15360) + 38 x (3 x 6144 + 15360 + 18432)
+#   Qwen-Image: 60 x (8 x 6144 + 4 x 15360) - (2 x 6144 + 2 x 15360)
+KNOWN: dict[str, tuple[int, dict[str, int], int]] = {
+    "sdxl": (2_567_463_684, {"BasicTransformerBlock": 70, "ResnetBlock2D": 17}, 3_074_240),
+    "sd3_medium": (2_028_328_000, {"JointTransformerBlock": 24}, (8 * 24 - 2) * 2 * 1536),
+    "sd35_medium": (2_243_171_520, {"JointTransformerBlock": 24}, (8 * 24 - 2 + 13 * 4) * 2 * 1536),
+    "sd35_large": (8_056_627_520, {"JointTransformerBlock": 38}, (8 * 38 - 2) * 2 * 2432),
+    "flux_dev": (11_901_408_320, {"FluxTransformerBlock": 19, "FluxSingleTransformerBlock": 38}, 4_085_760),
+    "qwen_image": (20_430_401_088, {"QwenImageTransformerBlock": 60}, 6_592_512),
+}
+ENCODERS = {  # CLIP-L bare and projected, CLIP-G, T5-XXL's encoder, Qwen2.5-VL-7B
+    "sdxl": [123_060_480, 694_659_840],
+    "sd3_medium": [123_650_304, 694_659_840, 4_762_310_656],
+    "flux_dev": [123_060_480, 4_762_310_656],
+    "qwen_image": [8_292_166_656],
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_published_models_have_their_published_sizes(name: str) -> None:
+    """Through the trainer's own building: layout shared, adapters of rank 1 and 2, gradient checkpointing."""
+    found = PUBLISHED[name]
+    count, blocks, lora = KNOWN[name]
+    run = Config(model_family=found.family, lora_rank=1, use_lora_gen=True, gradient_checkpointing=True)
+    family = empty_family(found, run, torch.bfloat16).family
+    networks = empty_networks(Settings(run, parse(["--use-lora-gen"]).method), family, torch.bfloat16, torch.no_grad)
+    base = networks.modules["base"]
+    trained = {role: sum(p.numel() for p in networks.parameters(role)) for role in networks.trains}
+    assert trained == {"generator": 2 * lora, "guidance": lora}
+    assert sum(p.numel() for p in base.parameters()) - 3 * lora == count
+    classes = [type(module).__name__ for module in base.modules()]
+    assert {block: classes.count(block) for block in family.block_names} == blocks
+    assert all(p.is_meta for p in base.parameters())
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_the_published_text_encoders_have_their_sizes(name: str) -> None:
+    assert [count_encoder(*encoder) for encoder in PUBLISHED[name].encoders] == ENCODERS[name]
+
+
+def test_every_published_model_can_be_named() -> None:
+    assert tuple(PUBLISHED) == MODELS
+    assert {name: PUBLISHED[first].family for name, first in FIRST_OF.items()} == {name: name for name in FAMILIES}
+
+
+def test_which_model_is_meant(sdxl_folder: Path) -> None:
+    large = "stabilityai/stable-diffusion-3.5-large"
+    assert published_of(Config(), None)[0] == "sdxl"
+    assert published_of(Config(pretrained_model=large), None)[0] == "sd35_large"
+    assert published_of(Config(model_family="qwen_image"), None)[0] == "qwen_image"
+    assert published_of(Config(model_family="sd3"), "sd35_medium")[0] == "sd35_medium"
+    assert published_of(Config(pretrained_model=str(sdxl_folder)), None)[1].denoiser["cross_attention_dim"] == 40
+    with pytest.raises(UserError, match="its sizes are not known here"):
+        published_of(Config(pretrained_model="someone/finetune"), None)
+    with pytest.raises(UserError, match="its sizes are not known here"):
+        published_of(Config(pretrained_model="someone/finetune", model_family="flux"), None)
+    with pytest.raises(UserError, match="--model flux_dev is of the family flux"):
+        published_of(Config(model_family="sd3"), "flux_dev")
+
+
+# -- the ledger ------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_alive_is_counted_once() -> None:
+    """Views and what was there before are not; what is freed is not any more."""
+    before = torch.zeros(1000)
+    with Ledger() as counted:
+        first = before + 1
+        view = first.view(10, 100)[2:].t()
+        before.t()
+        assert counted.live_bytes == 4000
+        second = torch.cat([first, first])
+        assert counted.live_bytes == 12000
+        del first
+        assert counted.live_bytes == 12000
+        del view
+        assert counted.live_bytes == 8000
+        del second
+    assert (counted.live_bytes, counted.peak) == (0, Peak(12000))
+
+
+@pytest.mark.parametrize(("share", "held"), [(1.0, False), (0.25, False), (1.0, True), (0.25, True)])
+def test_gradients_are_told_apart(share: float, held: bool) -> None:
+    weight = nn.Parameter(torch.zeros(1000))
+    with Ledger([weight], share, held=held) as counted:
+        assert counted.gradient_bytes == (4000 * share if held else 0)
+        torch.autograd.backward((weight * 2).sum())
+        assert counted.gradient_bytes == counted.live_bytes == 4000 * share
+    weight.grad = None
+    assert counted.gradient_bytes == counted.live_bytes == 0
+    assert weight._post_accumulate_grad_hooks is None or not weight._post_accumulate_grad_hooks  # type: ignore[attr-defined]
+
+
+def test_attention_keeps_no_matrix_of_pairs() -> None:
+    query, key, value = (torch.empty(1, 2, 64, 16, device="meta", requires_grad=True) for _ in range(3))
+    with like_a_gpu(), Ledger() as counted:
+        out = F.scaled_dot_product_attention(query, key, value)
+        assert counted.live_bytes == out.nbytes + 4 * 2 * 64  # and one number a query
+        torch.autograd.backward(out.sum())
+    assert query.grad is not None
+    assert query.grad.shape == query.shape
+    real = torch.randn(1, 2, 8, 16)
+    with like_a_gpu():  # tensors with content go the usual way
+        assert torch.isfinite(F.scaled_dot_product_attention(real, real, real)).all()
+
+
+def test_autocast_on_shapes_is_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the CPU's own, whose fp32 list lacks CUDA's norms: formats of results, copies of weights, peak."""
+    monkeypatch.setattr(ledger, "IN_FP32", ())
+
+    def net(device: str) -> nn.Module:
+        with torch.device(device):
+            return nn.Sequential(nn.Linear(256, 512), nn.GELU(), nn.Linear(512, 256), nn.LayerNorm(256))
+
+    def update(made: nn.Module, x: torch.Tensor, autocast: Any) -> None:
+        with autocast(torch.bfloat16):
+            out = made(x)
+        torch.autograd.backward(out.float().square().mean())
+
+    real, shapes = net("cpu"), net("meta")
+    x = torch.randn(64, 256)
+    measured = peak_bytes(lambda: update(real, x, lambda dtype: torch.autocast("cpu", dtype=dtype)))
+    with like_a_gpu() as autocast, Ledger() as counted:
+        update(shapes, x.to("meta"), autocast)
+    assert counted.peak.total == pytest.approx(measured, rel=0.05)
+    with like_a_gpu() as autocast, autocast(torch.bfloat16):
+        assert shapes(x.to("meta")).dtype == torch.bfloat16
+
+
+def test_norms_are_fp32_as_on_cuda() -> None:
+    with like_a_gpu() as autocast, torch.device("meta"):
+        low = torch.empty(2, 8, dtype=torch.bfloat16)
+        with autocast(torch.bfloat16):
+            assert F.layer_norm(low, (8,)).dtype == low.softmax(-1).dtype == torch.float32
+            assert F.linear(torch.empty(2, 8), torch.empty(3, 8)).dtype == torch.bfloat16
+        assert F.layer_norm(low, (8,)).dtype == torch.bfloat16
+    names = [(owner, name, getattr(owner, name)) for owner, name in (*ledger.IN_FP32, *ledger.IN_LOW_PRECISION)]
+    with like_a_gpu():
+        pass
+    assert all(getattr(owner, name) is function for owner, name, function in names)
+
+
+# -- a tick: rehearsed against measured ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory, sdxl_folder: Path) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("flow")
+    return {"sdxl": sdxl_folder} | {name: save_flow(root / name, name) for name in FAMILIES[1:]}
+
+
+ROWS = {"plain": "", "adapters": "--use-lora-gen --gradient-checkpointing"}
+
+
+@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_rehearsed_tick_takes_what_a_real_one_does(
+    name: str, row: str, folders: dict[str, Path], towers: dict[str, Path], tiny_vae_folder: Path
+) -> None:
+    """Whole updates with both rewards, fp32, against the allocations that torch's profiler saw: within a tenth."""
+    own = f"--resolution 128 --tiny-vae {tiny_vae_folder}" if name == "sdxl" else "--resolution 64 --text-length 24"
+    settings, published = planned(
+        f"--pretrained-model {folders[name]} {own} --batch-size 2 --mixed-precision no --lora-rank 4 --cfg-r 3 "
+        f"--sample-num-steps 2 --cold-start-iter 0 --clip-reward-model {towers['clip']} "
+        f"--hpsv2-reward-model {towers['hpsv2']} {ROWS[row]}"
+    )
+    found, measured = rehearse(settings, published, **EXACT), measured_tick(settings)
+    for role, peak in found.updates.items():
+        assert peak.total == pytest.approx(measured[role], rel=0.1), role
+    assert found.sheet.total == pytest.approx(measured["sheet"], rel=0.05)
+    assert 0.95 * measured["rollout"] < found.rollout.total < 1.5 * measured["rollout"]
+
+
+@pytest.mark.parametrize("method", METHOD_NAMES)
+def test_every_method_can_be_rehearsed(method: str, folders: dict[str, Path]) -> None:
+    settings, published = planned(
+        f"--method {method} --pretrained-model {folders['sdxl']} --resolution 64 --batch-size 1"
+    )
+    found = rehearse(settings, published, **EXACT)
+    assert all(peak.total > 0 for peak in found.updates.values())
+    assert found.updates.keys() == found.trained.keys()
+
+
+def test_what_moves_a_rehearsal(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Checkpointing, rows, accumulation, sharding, quantised weights, files that are not here yet: each shows."""
+    flags = (
+        f"--pretrained-model {folders['sdxl']} --resolution 128 --batch-size 2 --mixed-precision bf16 --use-lora-gen"
+    )
+
+    def found(more: str = "", **shared: Any) -> Rehearsal:
+        return rehearse(*planned(f"{flags} {more}"), **{**EXACT, **shared})
+
+    plain = found()
+    update = plain.updates["generator"]
+    assert found("--gradient-checkpointing").updates["generator"].total < 0.6 * update.total
+    assert found("--batch-size 4").updates["generator"].activations > 1.6 * update.activations
+    whole = 4 * plain.trained["generator"]
+    assert found("--gradient-accumulation-steps 2").updates["generator"].gradients == whole
+    assert found("--gradient-accumulation-steps 2", gradient_share=0.5).updates["generator"].gradients == whole / 2
+    base, codes = plain.modules["base"], found("--base-quant nf4").modules["base"]
+    assert codes.num_quantizable == 0
+    small = (2 - 0.5 - 4 / 64) * base.num_quantizable
+    assert base.frozen_bytes - codes.frozen_bytes == pytest.approx(small, rel=0.3)  # tables of 256 numbers weigh here
+    rewarded = found(f"--cold-start-iter 0 --clip-reward-model {tmp_path}/not-here.bin")
+    assert rewarded.reward_bytes > 1.9e9  # ViT-H-14 in half precision
+    assert rewarded.updates["generator"].total > 1.5 * update.total
+    sharded = found("--layout paired --use-lora-gen off --gradient-checkpointing", gathered=True)
+    copied = found("--layout paired --use-lora-gen off --gradient-checkpointing")
+    assert copied.updates["generator"].total - sharded.updates["generator"].total > 0
+
+
+# -- shares of backends ----------------------------------------------------------------------------------------------
+
+MADE = Rehearsal(
+    modules={"base": ModuleBytes(4 * GB, 2 * GB, 2 * GB, GB // 10, GB // 5)},
+    trained={"generator": 200_000_000, "guidance": 100_000_000},
+    encoder_bytes=3 * GB, vae_bytes=GB // 2, reward_bytes=GB,
+    rollout=Peak(GB), updates={"guidance": Peak(2 * GB), "generator": Peak(4 * GB, GB)}, sheet=Peak(GB),
+)  # fmt: skip
+PAIR = Config(layout="shared", use_lora_gen=True, mixed_precision="bf16")
+
+
+@pytest.mark.parametrize(
+    ("backend", "world", "frozen", "trained", "optimizer", "gathered"),
+    [
+        ("ddp", 1, 4.0, 1.2, 2.4, 0.0), ("ddp", 8, 4.0, 1.2, 2.4, 0.0), ("zero2", 8, 4.0, 1.35, 0.3, 4.0),
+        ("fsdp2", 8, 0.5, 0.15, 0.3, 0.4), ("zero3", 8, 0.5, 0.15, 0.3, 0.8 + 4.0), ("fsdp2", 1, 4.0, 1.2, 2.4, 0.0),
+    ],
+)  # fmt: skip
+def test_what_a_backend_shares(
+    backend: str, world: int, frozen: float, trained: float, optimizer: float, gathered: float
+) -> None:
+    """docs/memory.md's formulae: two fp32 moments, fp32 masters, DeepSpeed's own fp32 parts and buckets."""
+    plan = estimate(replace(PAIR, backend=backend), MADE, world)
+    assert plan.frozen == pytest.approx(frozen * GB)
+    assert plan.trained == pytest.approx(trained * GB)
+    assert plan.optimizer == pytest.approx(optimizer * GB)
+    assert plan.gathered == pytest.approx(gathered * GB)
+    assert (plan.encoders, plan.vae, plan.rewards) == (3 * GB, GB // 2, GB)
+    assert plan.worst == "generator update"
+    network = NETWORK_BYTES if world > 1 else 0
+    assert plan.reserve == pytest.approx(CONTEXT_BYTES + network + FRAGMENTATION * 4 * GB)
+    assert plan.total == plan.kept + plan.gathered + 4 * GB + plan.reserve
+
+
+def test_what_is_the_worst_moment() -> None:
+    """With several processes on ddp the gradients and their flat copy may be; 8-bit state; cards."""
+    grown = replace(MADE, trained={"generator": 2 * GB, "guidance": 0})
+    plan = estimate(replace(PAIR, backend="ddp", use_8bit_adam=True), grown, 2)
+    assert plan.worst == "generator gradient exchange"
+    assert plan.phases[plan.worst] == (16 * GB, 0)
+    assert plan.optimizer == pytest.approx((2 + 8 / 256) * 2 * GB)
+    assert "generator gradient exchange" not in estimate(replace(PAIR, backend="ddp"), grown, 1).phases
+    assert plan.cards == (48, 80, 141)
+    assert replace(plan, frozen=plan.frozen + 48 * GB - plan.total).cards == (48, 80, 141)
+    assert replace(plan, frozen=plan.frozen + 48 * GB - plan.total + 1).cards == (80, 141)
+
+
+def test_levers_say_what_they_come_to() -> None:
+    run = replace(PAIR, backend="ddp", batch_size=4)
+    now = estimate(run, MADE, 8)
+    told = {lever.what: lever.plan for lever in levers(run, MADE, 8)}
+    assert now.total - told["--prompt-cache (no text encoder is loaded)"].total == 3 * GB
+    assert now.total - told["--use-8bit-adam"].total == pytest.approx((6 - 8 / 256) * 0.3 * GB)
+    assert now.frozen - told["--base-quant nf4"].frozen == pytest.approx((2 - 0.5 - 4 / 64) * 2 * GB)
+    assert told["--backend fsdp2"].frozen == GB // 2
+    one = told["--batch-size 1 --gradient-accumulation-steps 4"]
+    assert one.phases["generator update"] == (800_000_000, 400_000_000 + 2_600_000_000 // 4)
+    assert told["--lora-rank 16"].trained == now.trained // 2
+    assert all(plan.total < now.total for plan in told.values())
+    quiet = replace(run, base_quant="nf4", use_8bit_adam=True, batch_size=1, lora_rank=4)
+    names = [lever.what.split()[0] for lever in levers(quiet, MADE, 1)]
+    assert names == ["--prompt-cache"]
+
+
+# -- the verb --------------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_is_printed(folders: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    row = f"plan --pretrained-model {folders['qwen_image']} --family qwen_image --layout shared --use-lora-gen "
+    more = "--resolution 64 --batch-size 2 --backend ddp --num-processes 8 --mixed-precision bf16 --text-length 24"
+    assert main(shlex.split(row + more)) == EXIT_DONE
+    said = capsys.readouterr().out
+    assert "dmdr, layout shared, 64 px, batch 2, bf16, 8 processes, ddp" in said
+    for word in ("frozen weights", "trained weights (fp32)", "optimizer", "text encoders", "gradients, ", "reserve"):
+        assert word in said, word
+    assert "fits on cards of: 24 GB yes, 48 GB yes, 80 GB yes, 141 GB yes" in said
+
+
+def test_auto_is_plain_data_parallelism_without_a_launcher() -> None:
+    assert parse_plan([])[1].run.backend == "ddp"
+    config, settings = parse_plan(
+        ["--num_processes=8", "--backend", "zero2", "--family", "flux", "--model", "flux_dev"]
+    )
+    assert (config.num_processes, config.model) == (8, "flux_dev")
+    assert (settings.run.backend, settings.run.model_family) == ("zero2", "flux")
+
+
+def test_what_cannot_be_planned_is_told_in_one_line(
+    folders: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = {
+        "--num-processes 0": "--num-processes 0: must be at least 1",
+        "--model sd9": "invalid choice: 'sd9'",
+        "--nonsense 1": "--nonsense: unknown flag",
+        f"--pretrained-model {folders['sd3']} --resolution 1024 --batch-size 1": "this run cannot be rehearsed: Height",
+        f"--pretrained-model {folders['qwen_image']} --resolution 64 --tiny-vae x --cold-start-iter 0 --clip-reward-model x": "no tiny decoder",
+        "--base-quant nf4 --backend fsdp2": "does not go with --backend fsdp2",
+    }
+    for flags, told in lines.items():
+        assert main(["plan", *shlex.split(flags)]) == EXIT_USER, flags
+        said = capsys.readouterr().err
+        assert told in said
+        assert len(said[said.index("error: ") :].splitlines()) <= 2

@@ -1,0 +1,85 @@
+"""``python -m train_t2i plan``: what a run will take on each device, before a GPU is paid for.
+
+It takes the flags of ``train``, a launcher's row for one.  The trainer's own tick is rehearsed on tensors without content
+and every byte that comes and goes is counted; weights, gradients and optimizer are shared out as the backend does.
+No weights are needed: the published models' shapes are known, and a local folder's are read from its config files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from train_t2i.cli import ALIASES, Parser, add_flags, parse, spelled
+from train_t2i.config import Settings, flag, resolved_layout
+from train_t2i.config_checks import check_bounds
+from train_t2i.errors import EXIT_DONE, UserError
+
+if TYPE_CHECKING:
+    from train_t2i.families.published import Published
+    from train_t2i.plan.rehearsal import Rehearsal
+
+MODELS = ("sdxl", "sd3_medium", "sd35_medium", "sd35_large", "flux_dev", "qwen_image")
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """What a run will take on each device.  All flags of train are taken too: see python -m train_t2i train --help."""
+
+    model: str | None = flag(None, "published model to plan, instead of --pretrained-model", choices=MODELS)
+    num_processes: int = flag(1, "processes in all, one a device", low=1)
+
+
+def parse_plan(arguments: Sequence[str]) -> tuple[PlanConfig, Settings]:
+    """``--family`` is short for ``--model-family``; without a launcher, a backend that is not named is ddp."""
+    parser = Parser(prog="python -m train_t2i plan", description=PlanConfig.__doc__, allow_abbrev=False)
+    add_flags(parser, PlanConfig, "flags")
+    given = [spelled(argument, {**ALIASES, "family": "model_family"}) for argument in arguments]
+    own, rest = parser.parse_known_args(given)
+    for name, value in vars(own).items():
+        if value is not None:
+            field = PlanConfig.__dataclass_fields__[name]
+            check_bounds("--" + name.replace("_", "-"), value, field.metadata)
+    settings = parse(rest)
+    if settings.run.backend == "auto":
+        settings = replace(settings, run=replace(settings.run, backend="ddp"))
+    return PlanConfig(**vars(own)), settings
+
+
+def main(arguments: Sequence[str]) -> int:
+    config, settings = parse_plan(arguments)
+    from train_t2i.build import check_base_quant, check_family_flags
+    from train_t2i.plan.estimate import Lever, estimate, levers
+    from train_t2i.plan.model import published_of
+    from train_t2i.plan.page import page, told_levers
+
+    name, published = published_of(settings.run, config.model)
+    run, world = replace(settings.run, model_family=published.family), config.num_processes
+    check_family_flags(run, published.family)
+    check_base_quant(run, run.backend)
+    found = rehearsed(replace(settings, run=run), published, world)
+    plan = estimate(run, found, world)
+    print("\n".join(page(name, run, resolved_layout(run), world, found, plan)), flush=True)
+    turned = levers(run, found, world)
+    if not run.gradient_checkpointing:
+        again = replace(run, gradient_checkpointing=True)
+        other = rehearsed(replace(settings, run=again), published, world)
+        turned.insert(0, Lever("--gradient-checkpointing (counted)", estimate(again, other, world)))
+    print("\n".join(told_levers(plan, turned)))
+    return EXIT_DONE
+
+
+def rehearsed(settings: Settings, published: Published, world: int) -> Rehearsal:
+    """Raises UserError for what the networks themselves refuse: a size, a length."""
+    from train_t2i.plan.estimate import gradient_share, is_gathered
+    from train_t2i.plan.rehearsal import rehearse
+
+    run = settings.run
+    try:
+        return rehearse(
+            settings, published, gradient_share=gradient_share(run, world), gathered=is_gathered(run, world)
+        )
+    except (ValueError, RuntimeError, TypeError) as error:
+        told = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"this run cannot be rehearsed: {told}", "see --resolution, --text-length, --model") from error

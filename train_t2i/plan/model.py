@@ -1,0 +1,168 @@
+"""A model of which only the shapes are there: from the table of published ones, or from a folder's config files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from torch import nn
+
+from train_t2i.config import Config, parse_resolution
+from train_t2i.errors import UserError
+from train_t2i.families import FAMILIES, Cond, Family, FamilyOptions, family_of
+from train_t2i.families.loading import told
+from train_t2i.families.published import FIRST_OF, PUBLISHED, Published
+
+META = torch.device("meta")
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """A family without content, and how many parameters lie beside its denoiser."""
+
+    family: Any  # Family
+    num_encoder_parameters: int
+
+
+def published_of(run: Config, name: str | None) -> tuple[str, Published]:
+    """(what to call it, its architecture): --model, a folder, a published repository, or the first of the family.
+
+    Raises UserError where none of them says which.
+    """
+    wanted = None if run.model_family == "auto" else run.model_family
+    if name is None and Path(run.pretrained_model).is_dir():
+        return run.pretrained_model, read_folder(Path(run.pretrained_model))
+    if name is None:
+        by_hub = {p.repository: key for key, p in PUBLISHED.items() if wanted in (None, p.family)}
+        default = wanted if run.pretrained_model == Config.pretrained_model else None
+        name = by_hub.get(run.pretrained_model) or FIRST_OF.get(default or "")
+    if name is None:
+        raise UserError(
+            f"--pretrained-model {run.pretrained_model}: its sizes are not known here",
+            f"give --model (one of {', '.join(PUBLISHED)}), or a local pipeline folder",
+        )
+    found = PUBLISHED[name]
+    if wanted not in (None, found.family):
+        raise UserError(f"--model {name} is of the family {found.family}", f"leave out --family {wanted}")
+    return name, found
+
+
+def read_folder(folder: Path) -> Published:
+    """The configs of a diffusers pipeline folder.  Raises UserError."""
+    family = family_of(str(folder))
+    denoiser = "unet" if family == "sdxl" else "transformer"
+    with told(str(folder), "--pretrained-model", "a diffusers pipeline folder"):
+        encoders = tuple(_encoder(part) for part in sorted(folder.glob("text_encoder*")) if part.is_dir())
+        read = {part: _read(folder / part / "config.json") for part in (denoiser, "vae")}
+        scheduler = _read(folder / "scheduler" / "scheduler_config.json")
+    return Published(family, str(folder), read[denoiser], read["vae"], encoders, scheduler)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    values = json.loads(path.read_text(encoding="utf-8"))
+    return {key: value for key, value in values.items() if not key.startswith("_")}
+
+
+def _encoder(folder: Path) -> tuple[str, dict[str, Any]]:
+    config = _read(folder / "config.json")
+    return config["architectures"][0], config
+
+
+def empty_family(found: Published, run: Config, dtype: torch.dtype) -> Shapes:
+    """The trainer's family on meta tensors; its ``encode`` gives conditionings of the right shapes."""
+    if run.tiny_vae and found.family == "qwen_image":
+        raise UserError("--tiny-vae: Qwen-Image has no tiny decoder", "leave it out")
+    kind = FAMILIES[found.family]
+    make = _empty_sdxl if found.family == "sdxl" else _empty_flow
+    family: Any = make(kind, found, run, dtype)
+    if run.tiny_vae:
+        family.tiny = _empty_tiny(run, family.latent_channels)
+    length = family.text_length
+
+    def encode(prompts: Sequence[str], negative: str | None = None) -> Cond:
+        rows = len(prompts)
+        cond = empty_cond(family, found, rows, length, dtype)
+        return cond if negative is None else _with_negative(cond, empty_cond(family, found, rows, length, dtype))
+
+    family.encode = encode
+    return Shapes(family.to(META), sum(count_encoder(*encoder) for encoder in found.encoders))
+
+
+def _with_negative(cond: Cond, negative: Cond) -> Cond:
+    return Cond(cond.tokens, cond.pooled, cond.mask, negative, cond.guidance)
+
+
+def _on_meta(kind: Any, config: dict[str, Any], dtype: torch.dtype) -> Any:
+    with META:
+        return nn.Module.to(kind.from_config(config), dtype)
+
+
+def _empty_sdxl(kind: Any, found: Published, run: Config, dtype: torch.dtype) -> Family:
+    from train_t2i.families.sdxl_file import scheduler
+
+    pipe = SimpleNamespace(
+        vae=_on_meta(diffusers.AutoencoderKL, found.vae, torch.float32), text_encoder=None, text_encoder_2=None,
+        scheduler=scheduler(),
+    )  # fmt: skip
+
+    def load(dtype: torch.dtype) -> Any:
+        return _on_meta(diffusers.UNet2DConditionModel, found.denoiser, dtype)
+
+    return kind(pipe, load, shift=run.shift or 1.0, checkpoint_decoder=run.gradient_checkpointing)
+
+
+def _empty_flow(kind: Any, found: Published, run: Config, dtype: torch.dtype) -> Family:
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(found.scheduler)
+    pipe = SimpleNamespace(
+        vae=_on_meta(kind.Autoencoder, found.vae, dtype), scheduler=scheduler, **dict.fromkeys(kind.encoder_names)
+    )
+    options = FamilyOptions(
+        dtype=dtype, shift=run.shift or None, size_px=parse_resolution(run.resolution), encoders=False,
+        text_length=run.text_length or None, guidance=run.guidance_embed, checkpoint_decoder=run.gradient_checkpointing,
+    )  # fmt: skip
+    config = dict(_on_meta(kind.Transformer, found.denoiser, dtype).config)
+    return kind(pipe, config, lambda dtype: _on_meta(kind.Transformer, found.denoiser, dtype), options)
+
+
+def _empty_tiny(run: Config, latent_channels: int) -> Any:
+    """A local decoder's own shape, else TAESD's."""
+    config = Path(str(run.tiny_vae)) / "config.json"
+    with told(str(run.tiny_vae), "--tiny-vae", "a folder with its config.json"):
+        shape = _read(config) if config.is_file() else {"latent_channels": latent_channels}
+        tiny = _on_meta(diffusers.AutoencoderTiny, shape, torch.float32).requires_grad_(False)
+    if run.gradient_checkpointing:
+        tiny.enable_gradient_checkpointing()
+    return tiny
+
+
+def empty_cond(family: Any, found: Published, rows: int, length: int, dtype: torch.dtype) -> Cond:
+    """What ``rows`` prompts of ``length`` tokens, the longest, become."""
+    config = found.denoiser
+
+    def made(*shape: int) -> torch.Tensor:
+        return torch.empty(rows, *shape, dtype=dtype, device=META)
+
+    if found.family == "sdxl":
+        sizes = 6 * config["addition_time_embed_dim"]  # size ids (B, 6)
+        width = config["projection_class_embeddings_input_dim"] - sizes
+        return Cond(made(length, config["cross_attention_dim"]), made(width))
+    if found.family == "sd3":  # CLIP's 77 tokens stand before T5's
+        return Cond(made(77 + length, config["joint_attention_dim"]), made(config["pooled_projection_dim"]))
+    if found.family == "flux":
+        cond = Cond(made(length, config["joint_attention_dim"]), made(config["pooled_projection_dim"]))
+        return family.told_guidance(cond, family.options.guidance)
+    return Cond(made(length, config["joint_attention_dim"]))
+
+
+def count_encoder(kind: str, config: dict[str, Any]) -> int:
+    """Parameters of a text encoder: the class of transformers that its config names."""
+    made = getattr(transformers, kind)
+    with META:
+        return sum(p.numel() for p in made(made.config_class(**config)).parameters())

@@ -1,0 +1,71 @@
+"""A plan as text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from train_t2i.config import Config
+from train_t2i.plan.estimate import CARDS_GB, CONTEXT_BYTES, FRAGMENTATION, GB, NETWORK_BYTES, Lever, Plan
+from train_t2i.plan.rehearsal import Rehearsal
+
+# What the seeds and their sources state, in GB a GPU; theirs, not ours, and not always at the same settings.
+STATED = {
+    "qwen_image": ("ArcFlow and pi-Flow: about 70 (DDP, LoRA rank 256, 4 images, checkpointing, 8-bit Adam, no text encoder)",),
+    "flux_dev": ("ArcFlow: about 65, or 45 one image at a time (DDP, LoRA rank 256, 4 images, checkpointing, 8-bit Adam)",),
+    "sdxl": ("DMDR: trained on GPUs of 144 (ZeRO-2, batch 8, no checkpointing, 8-bit Adam)",),
+    "sd3_medium": ("DMDR: trained on GPUs of 144 (ZeRO-2, batch 8 at 512 px, no checkpointing, 8-bit Adam)",),
+    "sd35_large": ("DMDR: trained on GPUs of 144 (ZeRO-2, batch 4, no checkpointing, 8-bit Adam)",),
+}  # fmt: skip
+
+
+def gb(count: float) -> str:
+    return f"{count / GB:8.2f}"
+
+
+def page(name: str, run: Config, layout: str, world: int, found: Rehearsal, plan: Plan) -> list[str]:
+    """The head, the table, the verdict, and the sources' own figure where there is one."""
+    processes = f"{world} processes, {run.backend}" if world > 1 else "1 process"
+    trained = ", ".join(f"{role} {count / 1e6:.1f} M" for role, count in found.trained.items())
+    lines = [
+        f"{name}: {run.method}, layout {layout}, {run.resolution} px, batch {run.batch_size}, {run.mixed_precision}, {processes}",
+        f"trained parameters: {trained}",
+        "GB (10^9 bytes) on each device:",
+        *table(plan),
+        verdict(plan),
+    ]
+    return lines + [f"stated elsewhere: {line}" for line in STATED.get(name, ())]
+
+
+def table(plan: Plan) -> list[str]:
+    rows = [
+        ("frozen weights", plan.frozen), ("trained weights (fp32)", plan.trained), ("optimizer", plan.optimizer),
+        ("text encoders", plan.encoders), ("VAE", plan.vae), ("reward towers", plan.rewards),
+        ("gathered weights, buckets", plan.gathered),
+    ]  # fmt: skip
+    gradients, activations = plan.phases[plan.worst]
+    rows += [(f"gradients, {plan.worst}", gradients), (f"activations, {plan.worst}", activations)]
+    told = f"reserve, an estimate ({CONTEXT_BYTES / GB:g} context, {NETWORK_BYTES / GB:g} NCCL, {FRAGMENTATION:.0%} fragments)"
+    rows += [(told, plan.reserve), ("sum", plan.total)]
+    others = [
+        f"  {name}: {gb(sum(parts)).strip()}"
+        for name, parts in plan.phases.items()
+        if name != plan.worst and any(parts)
+    ]
+    shown = [f"{gb(count)}  {what}" for what, count in rows if count]
+    return [*shown, *(["in place of the worst phase's gradients and activations:", *others] if others else [])]
+
+
+def verdict(plan: Plan) -> str:
+    words = [f"{card} GB {'yes' if card in plan.cards else 'no'}" for card in CARDS_GB]
+    return "fits on cards of: " + ", ".join(words)
+
+
+def told_levers(plan: Plan, found: Sequence[Lever]) -> list[str]:
+    if not found:
+        return []
+    lines = ["what to turn down, and what it comes to (activations scaled, not counted again):"]
+    for lever in found:
+        gained = [card for card in lever.plan.cards if card not in plan.cards]
+        more = f"  now on {gained[0]} GB" if gained else ""
+        lines.append(f"{gb(lever.plan.total)}  {lever.what}{more}")
+    return lines

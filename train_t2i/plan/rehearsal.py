@@ -1,0 +1,191 @@
+"""One tick of training, rehearsed on meta tensors: the trainer's own networks, method and rewards, counted by a ledger."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import rewards.tower
+from train_t2i import build
+from train_t2i.base_quant import quantized_layers
+from train_t2i.config import DMDRConfig, Settings, resolved_layout
+from train_t2i.engine import DTYPES
+from train_t2i.families.published import Published
+from train_t2i.methods import METHODS
+from train_t2i.methods.base import Batch, Clock
+from train_t2i.networks import Networks, Role
+from train_t2i.plan.ledger import Ledger, Peak, like_a_gpu, replaced
+from train_t2i.plan.model import META, empty_family
+
+
+@dataclass(frozen=True)
+class ModuleBytes:
+    """One network of a run: its weights without adapters, and what sharding has to gather of them."""
+
+    frozen_bytes: int
+    num_quantizable: int  # frozen elements that --base-quant would keep as codes, and does not yet
+    num_elements: int
+    block_bytes: int  # largest block, in the format of the network calls
+    outside_bytes: int  # all that lies outside blocks, likewise
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What a run keeps, and what its updates take on top, for one device that has everything."""
+
+    modules: dict[str, ModuleBytes]
+    trained: dict[Role, int]  # elements a trained role
+    encoder_bytes: int
+    vae_bytes: int  # with the tiny decoder
+    reward_bytes: int
+    rollout: Peak
+    updates: dict[Role, Peak]
+    sheet: Peak  # drawing sample images
+
+
+def rehearse(settings: Settings, found: Published, *, gradient_share: float, gathered: bool) -> Rehearsal:
+    """``gathered``: weights are sharded, and come in the format of the network calls (FSDP2's mixed precision)."""
+    run = settings.run
+    dtype = DTYPES[run.mixed_precision]
+    shapes = empty_family(found, run, dtype)
+    with ExitStack() as stack:
+        call = stack.enter_context(like_a_gpu())
+        autocast = nullcontext if dtype == torch.float32 else partial(call, dtype)
+        networks = empty_networks(settings, shapes.family, dtype, autocast)
+        modules = {name: module_bytes(net, networks, name, dtype) for name, net in networks.modules.items()}
+        trained = {role: sum(p.numel() for p in networks.parameters(role)) for role in networks.trains}
+        if gathered:
+            for net in networks.modules.values():
+                _cast(net, dtype)
+        terms = empty_rewards(settings, dtype)
+        method = build.build_method(settings, networks, META, terms)
+        rollout, updates = tick(settings, networks, method, gradient_share)
+        sheet = draw_sheet(settings, networks)
+    family = shapes.family
+    coders = [part for part in (family.vae, family.tiny) if part is not None]
+    towers = [tower_of(term.score).model for term in terms]
+    return Rehearsal(
+        modules, trained, shapes.num_encoder_parameters * dtype.itemsize, sum(map(weight_bytes, coders)),
+        sum(map(weight_bytes, towers)), rollout, updates, sheet,
+    )  # fmt: skip
+
+
+def tower_of(score: Any) -> Any:
+    """A reward's tower; a relative reward keeps it inside."""
+    return getattr(score, "tower", score)
+
+
+def weight_bytes(net: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in net.parameters()) + sum(b.nbytes for b in net.buffers())
+
+
+def empty_networks(settings: Settings, family: Any, dtype: torch.dtype, autocast: Any) -> Networks:
+    """The roles of the run, on its layout; what a generator starts from changes no size."""
+    layout, kind = resolved_layout(settings.run), METHODS[settings.run.method]
+    bare = replace(settings.run, layout=layout, generator_init=None, xl_ode_pretrain_path=None)
+    with META:
+        return build.assemble(
+            replace(settings, run=bare), family, uses=kind.uses, trains=kind.trains, dtype=dtype,
+            place=lambda net, blocks: None, autocast=autocast,
+        )  # fmt: skip
+
+
+def module_bytes(net: nn.Module, networks: Networks, name: str, dtype: torch.dtype) -> ModuleBytes:
+    full = any(networks.routes[role] == (name, None) for role in networks.trains)
+    adapters = {id(p) for role in networks.trains for p in networks.parameters(role)} if not full else set()
+    base = [p for p in net.parameters() if id(p) not in adapters]
+    blocks = [m for m in net.modules() if type(m).__name__ in networks.family.block_names]
+    inside = {id(p) for block in blocks for p in block.parameters()}
+    largest = max((sum(p.numel() for p in block.parameters()) for block in blocks), default=0)
+    outside = sum(p.numel() for p in net.parameters() if id(p) not in inside)
+    linear = () if full else quantizable(net, networks.family.block_names)
+    frozen = 0 if full else sum(p.numel() * p.element_size() for p in base) + sum(b.nbytes for b in net.buffers())
+    total = sum(p.numel() for p in net.parameters())
+    return ModuleBytes(frozen, sum(linear), total, largest * dtype.itemsize, outside * dtype.itemsize)
+
+
+def quantizable(net: nn.Module, block_names: Sequence[str]) -> list[int]:
+    """Elements of each linear layer in the blocks, those under an adapter too."""
+    names = [name for name in quantized_layers(net, block_names) if ".lora_" not in name]
+    return [net.get_submodule(name).weight.numel() for name in names]  # type: ignore[operator]
+
+
+def _cast(net: nn.Module, dtype: torch.dtype) -> None:
+    for parameter in net.parameters():
+        if parameter.dtype == torch.float32:
+            parameter.data = parameter.data.to(dtype)
+
+
+def empty_rewards(settings: Settings, dtype: torch.dtype) -> Any:
+    """The run's rewards without weights; a file that is not here yet is taken for the published ViT-H-14."""
+    run, resolve = settings.run, rewards.tower.resolve
+
+    def resolved(weights: str, spec: Any) -> Any:
+        if Path(weights).expanduser().exists():
+            return resolve(weights, spec)
+        size = rewards.tower.Preprocess((224, 224), spec.resize_mode)
+        return rewards.tower.Source(Path(weights), rewards.tower.VIT_H_14 | {"quick_gelu": spec.quick_gelu}, size)
+
+    def load(source: Any, dtype: torch.dtype, device: torch.device) -> Any:
+        return rewards.tower.empty_model(source, dtype).eval().requires_grad_(False)
+
+    with replaced(rewards.tower, "resolve", resolved), replaced(rewards.tower, "load_model", load):
+        return build.build_rewards(settings.method, dtype, META, run.gradient_checkpointing, run.seed)
+
+
+def last_tick(settings: Settings) -> Clock:
+    """A tick that updates all roles, with the rewards in the loss if the run ever reaches them."""
+    method, last = settings.method, settings.run.max_train_steps - 1
+    if not isinstance(method, DMDRConfig):
+        return Clock()
+    return Clock(tick=last * method.ratio_update, step=last, tick_in_step=method.ratio_update - 1)
+
+
+def empty_batch(settings: Settings, networks: Networks) -> Batch:
+    run = settings.run
+    rows, shape = run.batch_size, build.latent_shape(networks.family, settings.size_px)
+    count = range(rows)
+    images = torch.empty(rows, 3, *settings.size_px, device=META)
+    latents = torch.empty(rows, *shape, device=META)
+    return Batch(count, ["a prompt"] * rows, count, images, latents, latents)
+
+
+def tick(settings: Settings, networks: Networks, method: Any, gradient_share: float) -> tuple[Peak, dict[Role, Peak]]:
+    """Peaks of the rollout and of each role's update.
+
+    With several micro-batches an update's gradients are there from the start of the last.
+    """
+    run, clock, batch = settings.run, last_tick(settings), empty_batch(settings, networks)
+    with Ledger() as ledger:
+        rollout = method.rollout(batch, clock)
+    updates: dict[Role, Peak] = {}
+    for role in method.roles_at(clock):
+        parameters = networks.parameters(role)
+        micro_batches = run.gradient_accumulation_steps * method.parts
+        with Ledger(parameters, gradient_share, held=micro_batches > 1) as update, networks.updating(role):
+            for loss, _ in method.losses(role, rollout, clock):
+                torch.autograd.backward(loss)
+                del loss
+        updates[role] = update.peak
+        for parameter in parameters:
+            parameter.grad = None
+    return ledger.peak, updates
+
+
+@torch.no_grad()
+def draw_sheet(settings: Settings, networks: Networks) -> Peak:
+    """Decoding the sample images: all at once, by the whole VAE."""
+    run = settings.run
+    if not run.sample_steps:
+        return Peak()
+    latents = torch.empty(run.batch_size_test, *build.latent_shape(networks.family, settings.size_px), device=META)
+    with Ledger() as ledger:
+        networks.family.decode(latents)
+    return ledger.peak
