@@ -148,7 +148,9 @@ def levers(run: Config, found: Rehearsal, world: int) -> list[Lever]:
         tried.append(("--use-8bit-adam", estimate(replace(run, use_8bit_adam=True), found, world)))
     if run.batch_size > 1:
         low = 0 if run.mixed_precision == "no" or is_gathered(run, world) else DTYPES[run.mixed_precision].itemsize
-        alone = estimate(replace(run, batch_size=1), smaller_batch(found, run.batch_size, low), world)
+        alone = estimate(
+            replace(run, batch_size=1), smaller_batch(found, run.batch_size, low, gradient_share(run, world)), world
+        )
         again = f"--batch-size 1 --gradient-accumulation-steps {run.batch_size * run.gradient_accumulation_steps}"
         tried.append((again, alone))
     if run.backend == "ddp" and world > 1:
@@ -180,7 +182,7 @@ def fewer_ranks(found: Rehearsal, run: Config) -> Rehearsal:
     return replace(found, trained=trained)
 
 
-def smaller_batch(found: Rehearsal, batch_size: int, copy_bytes: int) -> Rehearsal:
+def smaller_batch(found: Rehearsal, batch_size: int, copy_bytes: int, share: float) -> Rehearsal:
     """One row a micro-batch: activations go with the rows; gradients are then held from one to the next.
 
     Copies of trained weights in the format of the network calls do not go with them.
@@ -189,7 +191,7 @@ def smaller_batch(found: Rehearsal, batch_size: int, copy_bytes: int) -> Rehears
     def one_row(role: Role) -> tuple[int, int]:
         activations = found.updates[role].activations
         copies = min(activations, copy_bytes * found.trained[role])
-        return FP32_BYTES * found.trained[role], copies + (activations - copies) // batch_size
+        return int(FP32_BYTES * found.trained[role] * share), copies + (activations - copies) // batch_size
 
     peaks = {role: replace(peak, total=sum(one_row(role)), gradients=one_row(role)[0])
              for role, peak in found.updates.items()}  # fmt: skip
