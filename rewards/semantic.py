@@ -19,7 +19,7 @@ POSITIVE = ("Natural-lighting", "Detailed", "Realistic")
 NEGATIVE = ("Painting", "CG Render", "Oil")
 
 
-@dataclass(frozen=True)
+@dataclass
 class SemanticRelative:
     """A tower whose score is relative between two wordings.  The words are a function of (seed, tick) alone."""
 
@@ -28,11 +28,11 @@ class SemanticRelative:
     negative: tuple[str, ...] = NEGATIVE
     k: float = 0.1
     seed: int = 0
-    differentiable = True
+    name: str = ""
+    differentiable: bool = True
 
-    @property
-    def name(self) -> str:
-        return self.tower.name
+    def __post_init__(self) -> None:
+        self.name = self.name or self.tower.name
 
     def words(self, tick: int) -> tuple[str, str]:
         """The pair of a tick: (positive, negative)."""

@@ -5,7 +5,7 @@
 #
 # --all adds the tests marked slow.  Budgets on 2 cores: 12 minutes, with --all 60; TEST_BUDGET_S sets another.
 set -euo pipefail
-TRAIN_T2I_EXTRAS="${TRAIN_T2I_EXTRAS-deepspeed bitsandbytes}" # every backend and the 8-bit optimizer are tested
+TRAIN_T2I_EXTRAS="${TRAIN_T2I_EXTRAS-deepspeed bitsandbytes datasets}" # every backend, the 8-bit optimizer and the hub are tested
 # shellcheck source=scripts/setup.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/setup.sh"
 cd -- "$SETUP_ROOT"

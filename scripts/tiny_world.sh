@@ -15,7 +15,7 @@ TABLE="${TABLE:-$WORK/table.json}"
 mkdir -p -- "$WORK"
 
 # The files that decide what a stage makes, beside its own command and settings
-RECIPE=("$SETUP_ROOT"/scripts/{tiny_data.sh,tiny_world.sh,sdxl*.sh} "$LAUNCHERS"/*.sh)
+RECIPE=("$SETUP_ROOT"/scripts/{tiny_data.sh,tiny_world.sh,flow.sh,sdxl*.sh} "$LAUNCHERS"/*.sh)
 
 digest() { # COMMAND...: of a stage's command and recipe, comments left out; the same in every folder, on every interpreter
   local words=("$@")

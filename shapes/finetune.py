@@ -31,11 +31,13 @@ def supervised(
     *,
     pictures_seed: int,
     more: dict[str, object] | None = None,
+    legs: tuple[int, ...] = (),
     threads: int | None = None,
 ) -> Path:
     """Train the denoiser of the pipeline `folder`; the folder of the last checkpoint's generator.
 
-    The run in `work`/`run_name` goes on where it stopped; another recipe needs another name.
+    The run in `work`/`run_name` goes on where it stopped; another recipe needs another name.  With `legs` it is trained
+    to the first of these steps, then on to the next by a run that starts there: each leg has a cosine of its own.
     """
     flags: dict[str, object] = {
         "method": "sft",
@@ -43,7 +45,6 @@ def supervised(
         "data-path-train": pictures(work, recipe.pictures, pictures_seed),
         "learning-rate-gen": recipe.learning_rate,
         "batch-size": recipe.batch_size,
-        "max-train-steps": recipe.steps,
         "lr-scheduler": "cosine",
         "lr-warmup-steps": recipe.warmup,
         "caption-dropout": recipe.caption_dropout,
@@ -54,14 +55,20 @@ def supervised(
         "resolution": 64,
         "seed": recipe.seed,
         "output-dir": work,
-        "exp-name": run_name,
         **(more or {}),
     }
     words = [word for key, value in flags.items() for word in (f"--{key}", str(value))]
     environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
     command = [sys.executable, "-m", "train_t2i", "train", *words, "--auto-resume"]
-    subprocess.run(command, check=True, env=environment)
-    return work / run_name / "checkpoints" / "accelerator_1" / f"step-{recipe.steps}"
+    last: Path | None = None
+    for steps in legs or (recipe.steps,):
+        name = f"{run_name}-{steps}" if last else run_name
+        start = ["--resume-ckpt", str(last)] if last else []
+        leg = ["--exp-name", name, "--max-train-steps", str(steps), *start]
+        subprocess.run([*command, *leg], check=True, env=environment)
+        last = work / name / "checkpoints" / "torch_units" / f"step-{steps}.pt"
+    assert last is not None
+    return last.parents[1] / "accelerator_1" / last.stem
 
 
 def install(trained: Path, folder: Path, kind: Any) -> None:

@@ -40,7 +40,7 @@ class FlowRecipe:
     heads: int
     layers: int
     single_layers: int = 0  # FLUX.1's
-    steps: int = 6500
+    legs: tuple[int, ...] = (6500,)  # steps at which a cosine of the rate ends; the next goes on from there
     pictures: int = 6144
     pictures_seed: int = 41  # those of the tiny SDXL
     batch_size: int = 32

@@ -28,7 +28,7 @@ QWEN_AUTOENCODER = qa.QwenAutoencoderRecipe()
 T5 = T5Recipe()
 QWEN_TEXT = QwenTextRecipe()
 SD3 = FlowRecipe("sd3", seed=51, width=108, heads=3, layers=3)
-FLUX = FlowRecipe("flux", seed=51, width=128, heads=4, layers=1, single_layers=3, steps=4000)
+FLUX = FlowRecipe("flux", seed=51, width=128, heads=4, layers=1, single_layers=3, legs=(4000, 7000))
 QWEN = FlowRecipe("qwen_image", seed=53, width=120, heads=3, layers=2)
 GUIDANCE = GuidanceRecipe()
 CFGS = (1.5, 2.0, 3.0)
@@ -117,7 +117,7 @@ def make_pipeline(recipe: FlowRecipe, paths: Paths, run_name: str) -> dict[str, 
     if recipe.family == "flux":
         told["guidance-embed"] = UNGUIDED
     trained = finetune.supervised(
-        folder, paths.work, recipe, run_name, pictures_seed=recipe.pictures_seed, more=told, threads=1
+        folder, paths.work, recipe, run_name, pictures_seed=recipe.pictures_seed, more=told, legs=recipe.legs, threads=1
     )
     finetune.install(trained, folder / "transformer", TRANSFORMERS[recipe.family])
     return {} if recipe.family == "flux" else teacher_adherence(recipe.family, folder)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +35,7 @@ class GuidanceRecipe:
 
 def distil_guidance(folder: Path, world: World, recipe: GuidanceRecipe, text_length: int) -> None:
     """The transformer of the pipeline `folder`, told w, learns the guided output of itself told 1; put back in half precision."""
-    family = load_family("flux", str(folder), size_px=(64, 64), text_length=text_length, guidance=UNGUIDED)
+    family: Any = load_family("flux", str(folder), size_px=(64, 64), text_length=text_length, guidance=UNGUIDED)
     teacher, student = (family.load(torch.float32) for _ in range(2))
     student.requires_grad_(True)
     conds, latents = encoded(family, world, recipe.pictures)
@@ -49,7 +50,7 @@ def distil_guidance(folder: Path, world: World, recipe: GuidanceRecipe, text_len
         with torch.no_grad():
             both = family.call(teacher, torch.cat([x_t, x_t]), torch.cat([t, t]), cond.with_negative())
             negative, positive = both.chunk(2)
-        told = family.told_guidance(cond, w)  # type: ignore[attr-defined]
+        told = family.told_guidance(cond, w)
         return F.mse_loss(family.call(student, x_t, t, told), classifier_free(positive, negative, w))
 
     def parts(step: int) -> list[tuple[Tensor, torch.Generator]]:
@@ -61,13 +62,13 @@ def distil_guidance(folder: Path, world: World, recipe: GuidanceRecipe, text_len
 
 
 @torch.no_grad()
-def encoded(family: object, world: World, count: int, batch: int = 64) -> tuple[Cond, Tensor]:
+def encoded(family: Any, world: World, count: int, batch: int = 64) -> tuple[Cond, Tensor]:
     """Conditionings and latents of the first pictures."""
     conds, latents = [], []
     for first in range(0, count, batch):
         index = torch.arange(first, min(first + batch, count))
-        conds.append(family.encode([world.captions[i] for i in index.tolist()], ""))  # type: ignore[attr-defined]
-        latents.append(family.to_latents(world.images(index)))  # type: ignore[attr-defined]
+        conds.append(family.encode([world.captions[i] for i in index.tolist()], ""))
+        latents.append(family.to_latents(world.images(index)))
     return Cond.cat(conds), torch.cat(latents)
 
 

@@ -27,7 +27,7 @@ class QwenAutoencoderRecipe:
     """How it is trained."""
 
     seed: int = 14
-    base_width: int = 10
+    base_width: int = 8
     width_factors: tuple[int, ...] = (1, 2, 3, 5)
     crop_steps: int = 1300
     whole_steps: int = 200

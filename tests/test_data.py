@@ -5,6 +5,7 @@ import logging
 import os
 import struct
 import zlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -17,9 +18,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from train_t2i import tables
-from train_t2i.data import Order, Row, batch_indices, fit_image, load_prompts, load_rows
+from train_t2i import prompts, tables
+from train_t2i.data import Order, Row, batch_indices, fit_image, load_rows
 from train_t2i.errors import EXIT_USER, UserError
+
+
+def load_prompts(source: str | Path) -> list[str]:
+    return list(prompts.load_prompts(source))
 
 
 def write(path: Path, content: bytes | str) -> Path:
@@ -59,7 +64,42 @@ def test_the_order_starts_anywhere() -> None:
         assert [fresh.index_at(i) for i in range(start, 60)] == straight[start:]
     shuffled = torch.randperm(60).tolist()
     assert [order.index_at(i) for i in shuffled] == [straight[i] for i in shuffled]
-    assert len(order._epochs) <= 2
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 8, 15, 16, 17, 31, 97, 100, 255, 256, 257, 999, 1000, 4096])
+def test_an_epoch_is_a_permutation_for_any_count(count: int) -> None:
+    assert sorted(Order(count, seed=count).index_at(3 * count + i) for i in range(count)) == list(range(count))
+
+
+def test_the_order_of_very_many_rows_costs_no_more() -> None:
+    """2**40 rows, of which nobody could hold a list."""
+    order = Order(2**40, seed=2)
+    seen = [order.index_at(2**39 + i) for i in range(2000)]
+    assert len(set(seen)) == 2000
+    assert 0 <= min(seen) < 2**40 / 100 < 2**40 * 0.99 < max(seen) < 2**40
+    assert abs(np.mean(seen) / 2**40 - 0.5) < 4 / np.sqrt(12 * 2000)
+
+
+def test_all_orders_of_a_few_rows_come_about_equally_often() -> None:
+    """Chi-square over the 24 orders of 4 rows, and over where each of 50 rows stands."""
+    order, epochs = Order(4, seed=7), 6000
+    counts = Counter(tuple(order.index_at(4 * epoch + i) for i in range(4)) for epoch in range(epochs))
+    assert len(counts) == 24
+    assert sum((c - epochs / 24) ** 2 / (epochs / 24) for c in counts.values()) < 49.7  # 23 degrees, p = 0.001
+    order, places = Order(50, seed=7), np.zeros((50, 50))
+    for epoch in range(500):
+        for i in range(50):
+            places[i, order.index_at(50 * epoch + i)] += 1
+    assert ((places - 10) ** 2 / 10).sum() < 2617  # 49 * 49 degrees, p = 0.001
+
+
+def test_neighbours_do_not_stay_together() -> None:
+    order = Order(10_000, seed=1)
+    seen = np.array([order.index_at(i) for i in range(10_000)])
+    assert abs(np.corrcoef(seen[:-1], seen[1:])[0, 1]) < 0.04
+    assert (np.abs(np.diff(seen)) == 1).sum() < 12
+    other = np.array([order.index_at(10_000 + i) for i in range(10_000)])
+    assert abs(np.corrcoef(seen, other)[0, 1]) < 0.04
 
 
 def test_the_order_ignores_and_leaves_the_global_generator() -> None:

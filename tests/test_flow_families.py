@@ -240,7 +240,7 @@ def test_qwen_masks_padding_and_nothing_else(folders: dict[str, Path]) -> None:
 def test_what_cannot_be_is_told_in_one_line(folders: dict[str, Path], tmp_path: Path, tiny_vae_folder: Path) -> None:
     with pytest.raises(UserError, match="--tiny-vae: Qwen-Image has no tiny decoder"):
         ours(folders["qwen_image"], tiny_vae=str(tiny_vae_folder))
-    with pytest.raises(UserError, match="no text encoder is loaded"):
+    with pytest.raises(RuntimeError, match="encoders were not loaded"):
         ours(folders["flux"], encoders=False).encode(PROMPTS)
     file = tmp_path / "flux1-dev.safetensors"
     file.write_bytes(b"x")

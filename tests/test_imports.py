@@ -32,6 +32,7 @@ ROOMS = {
     "engine": set(),
     "watchdog": set(),
     "checkpoint": {"engine"},
+    "prompt_cache": {"families.base", "storage"},
     "train": {
         "config",
         "data",
@@ -43,6 +44,7 @@ ROOMS = {
         "families",
         "rewards",
         "randomness",
+        "prompt_cache",
         *("build", "feed", "sheet", "run", "resume", "watchdog"),  # its own parts, which other verbs share
     },
     "launch": set(),
@@ -57,11 +59,18 @@ ANNEXES = {
     "base_quant": "networks",
     "peers": "engine",
     "tables": "data",
+    "prompts": "data",
+    "hub": "data",
+    "mapped": "prompt_cache",
+    "packing": "prompt_cache",
+    "prompt_index": "prompt_cache",
+    "text_key": "prompt_cache",
 }
 # room -> the third-party packages it may import; a room that is not named may import any that is not reserved.
 LIBRARIES = {
     "errors": set(),
     "config": {"yaml"},
+    "data": {"torch", "numpy", "PIL", "pyarrow", "xxhash", "tqdm", "datasets"},
     "losses": {"torch"},
     "schedule": {"torch"},
     "randomness": {"torch", "numpy"},
@@ -71,6 +80,7 @@ LIBRARIES = {
     "families": {"torch", "diffusers", "transformers", "safetensors", "open_clip", "huggingface_hub", "numpy", "PIL"},
     "engine": {"torch", "numpy", "accelerate", "deepspeed", "bitsandbytes"},
     "checkpoint": {"torch", "numpy", "safetensors", "xxhash"},
+    "prompt_cache": {"torch", "numpy", "xxhash", "pyarrow", "huggingface_hub"},
     "launch": {"yaml"},  # of a node, once its environment is there; the master needs the standard library alone
     "rewards": {"torch", "torchvision", "open_clip", "transformers", "safetensors"},
     "shapes": {"torch", "numpy", "diffusers", "open_clip", "transformers", "tokenizers", "safetensors", "PIL", "tqdm"},
@@ -232,6 +242,10 @@ def test_no_launcher_trusts_remote_code():
         ("train_t2i/export.py", "from accelerate import Accelerator"),
         ("train_t2i/train.py", "import deepspeed"),
         ("train_t2i/export.py", "import pickle"),
+        ("train_t2i/prompt_cache.py", "from train_t2i.families import load_family"),
+        ("train_t2i/packing.py", "from train_t2i.config import Config"),
+        ("train_t2i/text_key.py", "import transformers"),
+        ("train_t2i/prompts.py", "from train_t2i.prompt_cache import PromptCache"),
         ("rewards/clip.py", "from train_t2i.errors import UserError"),
         ("rewards/clip.py", "import diffusers"),
         ("train_t2i/launch/watch.py", "from train_t2i.config import Config"),
@@ -255,6 +269,14 @@ def test_the_rules_bite(path, source):
         ("train_t2i/cli.py", "from train_t2i.config import Config\nimport yaml"),
         ("train_t2i/train.py", "from rewards import REWARDS\nfrom train_t2i.randomness import draw"),
         ("train_t2i/evaluate.py", "from train_t2i.sampling import few_step\nimport scipy"),
+        (
+            "train_t2i/prompt_cache.py",
+            "from train_t2i.families.base import Cond\nfrom train_t2i import packing, storage",
+        ),
+        (
+            "train_t2i/cache.py",
+            "from train_t2i import build, prompt_index\nfrom train_t2i.prompt_cache import PromptCache",
+        ),
         ("train_t2i/engine.py", "import accelerate\nimport deepspeed"),
         ("rewards/clip.py", "from rewards import tower\nimport open_clip"),
     ],

@@ -59,7 +59,8 @@ def arguments_of(command: list[str], cwd: Path, *, data: bool = True, **environm
 def test_every_launcher_is_a_valid_run(launcher: Path, tiny: str, tmp_path: Path) -> None:
     settings = cli.parse(arguments_of([str(launcher)], tmp_path, TINY=tiny))
     assert settings.run.exp_name == launcher.stem
-    assert settings.run.resolution == ("64" if tiny == "1" else "1024")
+    published = "512" if "_sd3_" in f"{launcher.stem}_" else "1024"
+    assert settings.run.resolution == ("64" if tiny == "1" else published)
 
 
 @pytest.mark.parametrize("launcher", MULTI_NODE, ids=lambda path: path.stem)
@@ -103,6 +104,38 @@ def test_published_one_step_recipe(tmp_path: Path) -> None:
     assert refl.method.magic_prompt == "Realistic photo"
     assert cold.run.sample_num_steps == refl.run.sample_num_steps == 1
     assert cold.run.teacher_cfg == refl.run.teacher_cfg == 7  # no variable of the scripts takes its place
+
+
+# launcher: model, batch, lr of generator and guidance, cfg, shift, steps, first step with rewards, samples and checkpoints
+# every, weights of CLIP and HPS: the table of DMDR's released scripts, whose six share the rest
+SD3_ROWS = {
+    "cold_start_sd3": ("3-medium", 8, 1e-6, 5e-7, 7, 3, 2001, 2001, 100, 500, None),
+    "cold_start_sd35": ("3.5-large", 4, 1e-6, 2e-8, 4, 5, 2001, 2001, 100, 500, None),
+    "dmdr_sd3_refl": ("3-medium", 4, 5e-7, 2e-7, 7, 3, 4001, 2000, 100, 500, (0.3, 0.3)),
+    "dmdr_sd35_refl": ("3.5-large", 2, 1e-7, 5e-9, 4, 5, 3001, 2000, 100, 250, (0.1, 0.1)),
+    "dmdr_sd3_srpo": ("3-medium", 4, 5e-7, 2e-7, 7, 3, 2301, 2000, 20, 50, (0.1, 5.0)),
+    "dmdr_sd35_srpo": ("3.5-large", 2, 1e-7, 5e-9, 4, 5, 2301, 2000, 20, 50, (0.1, 5.0)),
+}
+
+
+@pytest.mark.parametrize("name", SD3_ROWS)
+def test_published_sd3_recipes(name: str, tmp_path: Path) -> None:
+    settings = cli.parse(arguments_of([str(ROOT / "scripts" / "single_node" / f"{name}.sh")], tmp_path))
+    run, method = settings.run, settings.method
+    model, batch, lr_gen, lr_gui, cfg, shift, steps, cold, samples, checkpoints, weights = SD3_ROWS[name]
+    assert model in run.pretrained_model
+    assert (run.batch_size, run.learning_rate_gen, method.learning_rate_gui) == (batch, lr_gen, lr_gui)
+    assert (method.cfg_r, run.shift, run.max_train_steps, method.cold_start_iter) == (cfg, shift, steps, cold)
+    assert (run.sample_steps, run.checkpoint_steps) == (samples, checkpoints)
+    if weights:
+        assert (method.reward_clip_weight, method.reward_hps_weight, method.reward_margin) == (*weights, 0.7)
+        assert Path(str(run.resume_ckpt)).name == "step-2000.pt"
+        assert (method.srpo, method.srpo_k) == ("srpo" in name, 0.1)
+    assert (run.use_lora_gen, run.lora_rank, run.sample_num_steps, run.sample_type) == (True, 32, 4, "ode")
+    assert (method.lora_scale_f, method.lora_scale_r, method.dynamic_step, method.cfg_f) == (2, 0.5, 2000, 1)
+    assert (method.s_type_gen, method.s_type_gui, method.gui_a, method.gui_b) == ("uniform", "beta", 4, 1.5)
+    assert (run.text_length, run.mixed_precision, run.use_8bit_adam, run.seed) == (128, "bf16", True, 30)
+    assert (method.ratio_update, run.gradient_accumulation_steps, run.batch_size_test) == (5, 1, 2)
 
 
 def test_environment_then_arguments_override(tmp_path: Path) -> None:

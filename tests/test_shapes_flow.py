@@ -10,9 +10,9 @@ import torch
 from diffusers.modular_pipelines.qwenimage import prompt_templates
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
 
-from shapes import flow_stages, scenes
+from shapes import finetune, flow_stages, scenes
 from shapes import qwen_autoencoder as qa
-from shapes.flow_models import PIPELINES, TEXT_LENGTH
+from shapes.flow_models import PIPELINES, TEXT_LENGTH, FlowRecipe
 from shapes.guidance import rows_of
 from shapes.long_text_encoders import T5Recipe, new_t5, with_projection
 from shapes.stage import Paths
@@ -87,6 +87,18 @@ def test_one_frame_is_what_the_video_autoencoder_makes_of_it() -> None:
     torch.testing.assert_close(qa.decode(vae, latents), (shown / 2 + 0.5).clamp(0, 1), rtol=1e-4, atol=1e-5)
 
 
+def test_every_leg_goes_on_from_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[list[str]] = []
+    monkeypatch.setattr(finetune.subprocess, "run", lambda command, check, env=None: commands.append(command))
+    recipe = FlowRecipe("flux", 0, width=32, heads=2, layers=1)
+    found = finetune.supervised(tmp_path, tmp_path, recipe, "run", pictures_seed=41, legs=(10, 30))
+    _, first, second = commands
+    assert first[-4:] == ["--exp-name", "run", "--max-train-steps", "10"]
+    record = tmp_path / "run" / "checkpoints" / "torch_units" / "step-10.pt"
+    assert second[-6:] == ["--exp-name", "run-30", "--max-train-steps", "30", "--resume-ckpt", str(record)]
+    assert found == tmp_path / "run-30" / "checkpoints" / "accelerator_1" / "step-30"
+
+
 def test_rows_of_a_conditioning() -> None:
     tokens = torch.arange(12.0).reshape(3, 2, 2)
     cond = Cond(tokens, pooled=tokens[:, 0], negative=Cond(-tokens), guidance=torch.tensor([1.0, 2.0, 3.0]))
@@ -98,7 +110,7 @@ def test_rows_of_a_conditioning() -> None:
     assert some.guidance.tolist() == [3.0, 1.0]
 
 
-@pytest.mark.parametrize("family", PIPELINES)
+@pytest.mark.parametrize("family", [family for family in PIPELINES if Paths(CHECKPOINTS, Path()).flow(family).exists()])
 def test_a_committed_teacher_draws_what_it_is_told(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The stock pipeline on held-out captions, at the guidance that its manifest names best."""
     folder = Paths(CHECKPOINTS, Path()).flow(family)

@@ -13,6 +13,7 @@ VERBS = {
     "train": "distil or fine-tune a model (--method dmdr, ode, sft)",
     "sample": "images from a run, a step of it, or the teacher",
     "evaluate": "score models on prompts: adherence, rewards, Frechet distance, recall",
+    "cache": "encode every prompt once, so that training needs no text encoder (--prompt-cache)",
     "pairs": "write (noise, prompt, teacher latent) pairs for --method ode",
     "export": "a run's generator as a diffusers pipeline",
     "report": "one HTML page and plots from runs",

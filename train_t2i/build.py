@@ -21,6 +21,8 @@ from train_t2i.errors import UserError
 from train_t2i.families import Family, family_of, load_family
 from train_t2i.methods import METHODS, Method, RewardTerm, Setting
 from train_t2i.networks import AdapterSpec, Networks, Role, build_networks
+from train_t2i.prompt_cache import CachedText, PromptCache, check_key
+from train_t2i.text_key import text_key
 
 ROLE_FOLDERS: dict[Role, str] = {"generator": "accelerator_1", "guidance": "accelerator_2"}
 
@@ -42,7 +44,8 @@ def check_family_flags(run: Config, family: str) -> None:
 
 
 def build_family(run: Config, dtype: torch.dtype) -> Family:
-    return load_family(
+    """The run's family; with a prompt cache, which must be of the same encoders, these are not loaded."""
+    family = load_family(
         run.model_family,
         run.pretrained_model,
         dtype=dtype,
@@ -53,7 +56,18 @@ def build_family(run: Config, dtype: torch.dtype) -> Family:
         text_length=run.text_length or None,
         guidance=run.guidance_embed,
         checkpoint_decoder=run.gradient_checkpointing,
+        encoders=run.prompt_cache is None,
     )
+    if run.prompt_cache is None:
+        return family
+    cached: Any = CachedText(family, PromptCache(run.prompt_cache))
+    cached.compared = check_key(cached.cache, cache_key(family, run, dtype))
+    return cached
+
+
+def cache_key(family: Family, run: Config, dtype: torch.dtype) -> dict[str, Any]:
+    """All that decides an embedding besides its prompt."""
+    return {**text_key(family, run.pretrained_model), "dtype": str(dtype).removeprefix("torch.")}
 
 
 def latent_shape(family: Family, size_px: tuple[int, int]) -> tuple[int, int, int]:

@@ -90,7 +90,12 @@ class Config:
     )
     # -- data
     data_path_train: str = flag(
-        "t2i-2m-filtered-prompts.txt", "prompts: txt, csv, jsonl or parquet (ode: a pairs folder; sft: an image table)"
+        "t2i-2m-filtered-prompts.txt",
+        "prompts: txt, csv, tsv, jsonl, json or parquet; several with commas, a glob, a folder of them, or a dataset of the "
+        "hub: hub:ORG/NAME[:SPLIT][:COLUMN] (ode: a pairs folder; sft: an image table)",
+    )
+    prompt_cache: str | None = flag(
+        None, "folder that the cache verb made from the same prompts: no text encoder is loaded", resume="warn"
     )
     batch_size: int = flag(8, "rows a process and micro-batch", low=1)
     batch_size_test: int = flag(2, "number of sample images", resume="free", low=1)

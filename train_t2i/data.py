@@ -1,16 +1,17 @@
-"""Prompts and images by sample index, in an order that can start anywhere.
+"""The order of samples, which can start anywhere, and images by row.
 
 What cannot be used is a UserError that names the file and the line or row; nothing is skipped silently.
 """
 
 import hashlib
 import logging
+import math
 import os
+import struct
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,9 +19,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from train_t2i.errors import UserError
-from train_t2i.tables import MAX_PROMPT_BYTES, READERS, clean, lines, place_of, records, short
+from train_t2i.tables import PROMPT_COLUMNS, READERS, clean, place_of, prompt_of, records, short
 
-PROMPT_COLUMNS = ("prompt", "text", "caption")
 MAX_IMAGE_PIXELS = 64_000_000
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 log = logging.getLogger(__name__)
@@ -29,26 +29,53 @@ log = logging.getLogger(__name__)
 # ---------------------------------------------------------------- order
 
 
+NUM_ROUNDS = 8
+MASK_64 = (1 << 64) - 1
+
+
 class Order:
-    """A permutation of ``count`` rows for every epoch, a function of (seed, epoch) alone."""
+    """A permutation of ``count`` rows for every epoch: a pure function of (seed, epoch, position), nothing is kept.
+
+    A Feistel network over Z_a x Z_b with a * b >= count and a, b close to its root (Black and Rogaway, "Ciphers with
+    arbitrary finite domains", 2002): every round adds a hash of one half to the other, which can be undone, so the network
+    is a permutation of a * b; positions that it sends outside ``count`` are sent on until they come back in.
+    """
 
     def __init__(self, count: int, seed: int) -> None:
         if count < 1:
             raise ValueError("an order needs at least one row")
         self.count, self.seed = count, seed
-        self._epochs: dict[int, Tensor] = {}  # two at most: a batch may straddle the end of an epoch
+        self.rows = math.isqrt(count - 1) + 1
+        self.columns = -(-count // self.rows)
 
     def index_at(self, sample_index: int) -> int:
         """The row shown as sample ``sample_index`` (0, 1, ...), whatever was asked before."""
-        epoch, position = divmod(sample_index, self.count)
-        if epoch not in self._epochs:
-            while len(self._epochs) > 1:
-                self._epochs.pop(next(iter(self._epochs)))
-            key = hashlib.blake2b(f"{self.seed}/{epoch}".encode(), digest_size=8).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
-            dtype = torch.int32 if self.count < 2**31 else torch.int64
-            self._epochs[epoch] = torch.randperm(self.count, generator=generator).to(dtype)
-        return int(self._epochs[epoch][position])
+        epoch, place = divmod(sample_index, self.count)
+        keys = _round_keys(self.seed, epoch)
+        while True:  # 1.0 turns on average for large counts, at most 4 / 3 for small ones
+            place = self._network(place, keys)
+            if place < self.count:
+                return place
+
+    def _network(self, place: int, keys: tuple[int, ...]) -> int:
+        left, right = divmod(place, self.columns)
+        for i in range(0, NUM_ROUNDS, 2):
+            left = (left + _mixed(right ^ keys[i])) % self.rows
+            right = (right + _mixed(left ^ keys[i + 1])) % self.columns
+        return left * self.columns + right
+
+
+@lru_cache(maxsize=4)  # a batch may straddle the end of an epoch
+def _round_keys(seed: int, epoch: int) -> tuple[int, ...]:
+    digest = hashlib.blake2b(f"{seed}/{epoch}".encode(), digest_size=8 * NUM_ROUNDS).digest()
+    return struct.unpack(f"<{NUM_ROUNDS}Q", digest)
+
+
+def _mixed(x: int) -> int:
+    """64 bits of which each depends on every bit of ``x`` (the finaliser of splitmix64)."""
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & MASK_64
+    x = (x ^ x >> 27) * 0x94D049BB133111EB & MASK_64
+    return x ^ x >> 31
 
 
 def batch_indices(
@@ -62,37 +89,6 @@ def batch_indices(
         raise ValueError(f"rank {rank} of {world}, micro-batch {micro} of {accumulate}")
     first = samples_seen + (micro * world + rank) * batch_size
     return list(range(first, first + batch_size))
-
-
-# ---------------------------------------------------------------- prompts
-
-
-def load_prompts(path: str | os.PathLike[str]) -> list[str]:
-    """The prompts of a file: .csv, .tsv, .jsonl, .json, .parquet with a prompt column; any other is one prompt a line.
-
-    Blank prompts are dropped and duplicates kept, both counted in the log.  Raises UserError.
-    """
-    path = Path(path)
-    if path.suffix.lower() in READERS:
-        found = [_prompt_of(record, path, number) for number, record in records(path, PROMPT_COLUMNS)]
-    else:
-        found = [text.strip() for _, text in lines(path, MAX_PROMPT_BYTES)]
-    prompts = [prompt for prompt in found if prompt]
-    if not prompts:
-        raise UserError(f"{path} holds no prompt, only {len(found)} blank lines or rows", "put one prompt on each line")
-    double, blank = len(prompts) - len(set(prompts)), len(found) - len(prompts)
-    log.info("%s: %d prompts, %d duplicates kept, %d blank dropped", path, len(prompts), double, blank)
-    return prompts
-
-
-def _prompt_of(record: Mapping[str, Any], path: Path, number: int) -> str:
-    name = next((name for name in PROMPT_COLUMNS if name in record), None)
-    if name is None:
-        raise UserError(
-            f"{place_of(path, number)}: no column {', '.join(PROMPT_COLUMNS)}; it has: {short(', '.join(record))}",
-            "name the column of the prompts so",
-        )
-    return clean(record[name], name, path, number)
 
 
 # ---------------------------------------------------------------- images
@@ -124,7 +120,7 @@ def load_rows(path: str | os.PathLike[str]) -> list[Row]:
     resolve = _Inside(path)
     rows = []
     for number, record in records(path, ("image", *PROMPT_COLUMNS)):
-        prompt = _prompt_of(record, path, number)
+        prompt = prompt_of(record, path, number)
         if not (name := clean(record.get("image"), "image", path, number)):
             raise UserError(f"{place_of(path, number)}: no image", "the column image holds its path beside the table")
         rows.append(Row(path, number, resolve(name, number), prompt))

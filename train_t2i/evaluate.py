@@ -255,7 +255,7 @@ def evaluate_model(
 def main(arguments: Sequence[str]) -> int:
     config = parse_verb(EvaluateConfig, "evaluate", arguments)
     check_config(config)
-    from train_t2i.data import load_prompts
+    from train_t2i.prompts import load_prompts
     from train_t2i.scorers import MIN_ROWS, Scorers
 
     loaders = chosen(config)

@@ -13,24 +13,29 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from train_t2i.data import Order, Row, batch_indices, fit_image, load_prompts, load_rows
+from train_t2i.data import Order, Row, batch_indices, fit_image, load_rows
 from train_t2i.errors import UserError
 from train_t2i.methods import Batch
 from train_t2i.pairs import PairStore
+from train_t2i.prompt_cache import PromptCache
+from train_t2i.prompts import load_prompts
 from train_t2i.randomness import seeded_noise
 
 Item = dict[str, Any]
+LOOKED_UP = 1000  # prompts that are looked for in a cache before anything loads; the others when their turn comes
 
 
 class Prompts(Dataset[Item]):
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, last: int = 0) -> None:
+        """``last``: only the last so many; 0: all."""
         self.prompts = load_prompts(path)
+        self.rows = range(max(0, len(self.prompts) - last) if last else 0, len(self.prompts))
 
     def __len__(self) -> int:
-        return len(self.prompts)
+        return len(self.rows)
 
     def __getitem__(self, row: int) -> Item:
-        return {"prompt": self.prompts[row]}
+        return {"prompt": self.prompts[self.rows[row]]}
 
 
 class Images(Dataset[Item]):
@@ -72,11 +77,21 @@ class Pairs(Dataset[Item]):
         return {"prompt": pair.prompt, "noise": noise, "latents": pair.latent}
 
 
-def dataset_for(kind: str, path: str, size_px: tuple[int, int]) -> Prompts | Images | Pairs:
-    """The data of a method (``Method.data``).  Raises UserError for files that cannot be used."""
-    if kind == "prompts":
+def dataset_for(
+    kind: str, path: str, size_px: tuple[int, int], prompt_cache: str | None = None
+) -> Prompts | Images | Pairs:
+    """The data of a method (``Method.data``); of prompts those that the cache was made from, of which some are looked up.
+
+    Raises UserError for files that cannot be used.
+    """
+    if kind != "prompts":
+        return Images(path, size_px) if kind == "images" else Pairs(path)
+    if prompt_cache is None:
         return Prompts(path)
-    return Images(path, size_px) if kind == "images" else Pairs(path)
+    cache = PromptCache(prompt_cache)
+    data = Prompts(path, cache.max_size)
+    cache.need([data[row]["prompt"] for row in range(0, len(data), max(1, len(data) // LOOKED_UP))])
+    return data
 
 
 @dataclass(frozen=True)

@@ -28,9 +28,10 @@ from tqdm import tqdm
 from train_t2i import storage
 from train_t2i.cli import parse_verb
 from train_t2i.config import Config, flag
-from train_t2i.data import Order, load_prompts
+from train_t2i.data import Order
 from train_t2i.errors import EXIT_DISK, EXIT_DONE, UserError
 from train_t2i.log import to_pil
+from train_t2i.prompts import load_prompts
 from train_t2i.student import ImageModel, load_teacher
 from train_t2i.tables import place_of, records, short
 

@@ -46,7 +46,7 @@ def wanted_prompts(config: SampleConfig) -> list[str]:
         raise UserError("what to sample: give --prompts FILE or --prompt TEXT", "one of them")
     if config.prompt is not None:
         return [config.prompt] * config.count
-    from train_t2i.data import load_prompts
+    from train_t2i.prompts import load_prompts
 
     prompts = load_prompts(str(config.prompts))
     if len(prompts) < config.count:

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from train_t2i.config import Settings
-from train_t2i.data import load_prompts
 from train_t2i.engine import Engine
 from train_t2i.families.base import Cond
 from train_t2i.log import RunLog, grid_image, to_pil
 from train_t2i.methods import Method
 from train_t2i.networks import Networks
+from train_t2i.prompts import load_prompts
 from train_t2i.randomness import Draw
 from train_t2i.sampling import many_step
 

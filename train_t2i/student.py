@@ -99,7 +99,9 @@ def number_format(mixed_precision: str, device: torch.device) -> tuple[torch.dty
 def saved_settings(record: dict[str, Any], pretrained_model: str | None, vae: str | None) -> Settings:
     """A run's settings as far as its student's images need them: no decoder for rewards, no second set of weights."""
     settings = Settings.from_dict(record["settings"])
-    run = dataclasses.replace(settings.run, gradient_checkpointing=False, tiny_vae=None, base_quant="none")
+    run = dataclasses.replace(
+        settings.run, gradient_checkpointing=False, tiny_vae=None, prompt_cache=None, base_quant="none"
+    )
     if not run.use_lora_gen:  # every weight of the generator is in the checkpoint
         run = dataclasses.replace(run, generator_init=None, xl_ode_pretrain_path=None)
     if pretrained_model is not None:

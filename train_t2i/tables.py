@@ -7,12 +7,13 @@ import codecs
 import csv
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from train_t2i.errors import UserError
 
+PROMPT_COLUMNS = ("prompt", "text", "caption")
 MAX_PROMPT_BYTES = 16_000
 MAX_LINE_BYTES = 1_000_000  # of a csv or jsonl file, which may hold more columns than the prompt
 CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f]")  # all but the tab
@@ -23,29 +24,36 @@ BLOCK_BYTES = 1 << 20
 
 def lines(path: Path, limit: int) -> Iterator[tuple[int, str]]:
     """(line number from 1, text) of a UTF-8 file, split at \\n and \\r\\n only.  Raises UserError."""
-    number = 0
+    for number, _, block in sound_blocks(path, limit):
+        text = block.decode().removesuffix("\n").removesuffix("\r")
+        yield from enumerate(text.replace("\r\n", "\n").split("\n"), number)
+
+
+def sound_blocks(path: Path, limit: int) -> Iterator[tuple[int, int, bytes]]:
+    """(number of its first line, where it starts in the file, bytes) of blocks of whole lines, all of them sound:
+    UTF-8, no control characters, none longer than ``limit`` bytes.  Raises UserError for the first that is not."""
+    number, start = 1, 0
     with _open(path) as file:
         while block := file.read(BLOCK_BYTES) + file.readline(limit + 3):  # up to the end of a line, if that is near
-            if number == 0:
-                block = block.removeprefix(codecs.BOM_UTF8)
-            sound = _sound_lines(block, limit)
-            if sound is None:  # something is wrong in it, or it ends in a lone \\r: look at each line
-                raws = enumerate(block.removesuffix(b"\n").split(b"\n"), number + 1)
-                sound = (_line(raw.removesuffix(b"\r"), f"{path}:{place}", limit) for place, raw in raws)
-            for text in sound:
-                number += 1
-                yield number, text
+            if start == 0 and block.startswith(codecs.BOM_UTF8):
+                start, block = len(codecs.BOM_UTF8), block.removeprefix(codecs.BOM_UTF8)
+            if not _looks_sound(block, limit):  # something is wrong in it, or it ends in a lone \\r: look at each line
+                for place, raw in enumerate(block.removesuffix(b"\n").split(b"\n"), number):
+                    _line(raw.removesuffix(b"\r"), f"{path}:{place}", limit)
+            yield number, start, block
+            number, start = number + block.count(b"\n"), start + len(block)
 
 
-def _sound_lines(block: bytes, limit: int) -> Iterable[str] | None:
-    """The lines of whole megabytes at once, or None if any of them may be refused."""
+def _looks_sound(block: bytes, limit: int) -> bool:
+    """Whether no line of whole megabytes can be refused."""
     block = block.replace(b"\r\n", b"\n").removesuffix(b"\n")
     if max(map(len, block.split(b"\n"))) > limit or block.translate(None, NO_CONTROL):
-        return None
+        return False
     try:
-        return None if re.search(rb"\xc2[\x80-\x9f]", block) else block.decode().split("\n")
+        block.decode()
     except UnicodeDecodeError:
-        return None
+        return False
+    return not re.search(rb"\xc2[\x80-\x9f]", block)
 
 
 def _line(raw: bytes, place: str, limit: int) -> str:
@@ -198,3 +206,14 @@ def clean(value: object, name: str, path: Path, number: int) -> str:
     if size > MAX_PROMPT_BYTES:
         raise UserError(f"{place_of(path, number)}: {name} is longer than {MAX_PROMPT_BYTES} bytes", "shorten it")
     return text
+
+
+def prompt_of(record: Mapping[str, Any], path: Path, number: int) -> str:
+    """The prompt of a row of a table, blank where its cell is.  Raises UserError where it has no such column."""
+    name = next((name for name in PROMPT_COLUMNS if name in record), None)
+    if name is None:
+        raise UserError(
+            f"{place_of(path, number)}: no column {', '.join(PROMPT_COLUMNS)}; it has: {short(', '.join(record))}",
+            "name the column of the prompts so",
+        )
+    return clean(record[name], name, path, number)

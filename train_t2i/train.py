@@ -19,6 +19,7 @@ from train_t2i.errors import EXIT_DISK, EXIT_DONE, EXIT_NON_FINITE, EXIT_PREEMPT
 from train_t2i.feed import Feed, Pairs, dataset_for
 from train_t2i.methods import METHODS
 from train_t2i.networks import Networks, Role
+from train_t2i.prompt_cache import CachedText, PromptCache
 from train_t2i.resume import check_resumable, find_checkpoint, kept_batch, owns, restore, save
 from train_t2i.run import Run, State, StopRequest
 from train_t2i.sheet import SampleSheet, sheet_prompts
@@ -146,8 +147,10 @@ def prepare(settings: Settings, folder: RunFolder, engine: Engine, stop: StopReq
     build.check_base_quant(cfg, engine.backend_name)
     found = build.check_rewards(settings.method)
     build.check_initial(cfg)
-    data = dataset_for(kind.data, cfg.data_path_train, settings.size_px)
+    data = dataset_for(kind.data, cfg.data_path_train, settings.size_px, cfg.prompt_cache)
     prompts = sheet_prompts(settings, data)
+    if cfg.prompt_cache:
+        PromptCache(cfg.prompt_cache).need([*prompts, getattr(settings.method, "negative_prompt", "")])
 
     family = build.build_family(cfg, engine.dtype).to(engine.device)
     shape = build.latent_shape(family, settings.size_px)
@@ -159,6 +162,7 @@ def prepare(settings: Settings, folder: RunFolder, engine: Engine, stop: StopReq
     )  # fmt: skip
     terms = build.build_rewards(settings.method, engine.dtype, engine.device, cfg.gradient_checkpointing, cfg.seed)
     method = build.build_method(settings, networks, engine.device, terms, calls_need_all=engine.calls_need_all)
+    found += [family.compared] if isinstance(family, CachedText) else []
     found.append(trained_parameters(networks))  # counted before they are shared out
     for role in kind.trains:
         networks.prepare(role, engine.prepare, adam_settings(settings, role))
@@ -210,9 +214,12 @@ def told_of_batch(record: dict[str, Any], engine: Engine, batch: tuple[int, int]
 def advice(settings: Settings, resume_from: Path | None) -> list[str]:
     run = settings.run
     starts_bare = resume_from is None and not run.xl_ode_pretrain_path and not run.generator_init
-    if run.method == "dmdr" and run.sample_num_steps == 1 and starts_bare:
-        return ["warning: a one-step student without --xl-ode-pretrain-path starts far from the teacher"]
-    return []
+    told = []
+    if run.method == "dmdr" and run.model_family == "sdxl" and run.sample_num_steps == 1 and starts_bare:
+        told.append("warning: a one-step student without --xl-ode-pretrain-path starts far from the teacher")
+    if isinstance(settings.method, DMDRConfig) and run.model_family == "flux" and settings.method.cfg_r > 1:
+        told.append("warning: FLUX.1-dev has its guidance in --guidance-embed; --cfg-r above 1 guides it a second time")
+    return told
 
 
 def adam_settings(settings: Settings, role: Role) -> AdamSettings:

@@ -194,6 +194,19 @@ def test_a_data_folder_is_compared_by_its_table_and_its_files(tmp_path: Path) ->
     assert probe.data_of(tmp_path / "none") is None
 
 
+def test_data_of_several_files_and_of_the_hub(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "b.txt").write_text("b")
+    assert probe.data_named(str(tmp_path / "a.txt")) == probe.data_of(tmp_path / "a.txt")
+    both = probe.data_named(f"{tmp_path / 'a.txt'}, {tmp_path / 'b.txt'}")
+    assert both == probe.data_named(str(tmp_path / "*.txt"))
+    assert both["bytes"] == 2
+    (tmp_path / "b.txt").write_text("c")
+    assert probe.data_named(str(tmp_path / "*.txt")) != both
+    assert probe.data_named(f"{tmp_path / 'a.txt'},{tmp_path / 'none'}") is None
+    assert probe.data_named("hub:org/name")
+
+
 def test_the_checkouts_own_scripts_are_rehearsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The settings that train would get, and with them the run's folder; mistakes in flags are found before anything starts."""
     monkeypatch.setenv("VIRTUAL_ENV", sys.prefix)

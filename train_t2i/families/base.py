@@ -135,6 +135,10 @@ class Family(Protocol):
         """Conditioning of a batch; with ``negative`` (its text) the result can be guided."""
         ...
 
+    def complete(self, cond: Cond) -> Cond:
+        """A conditioning that came from a cache with what is told beside the text: a guidance number."""
+        ...
+
     def call(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """(B, C, H, W): the network's raw output; packing and the network's unit of time live here."""
         ...

@@ -107,13 +107,16 @@ class FlowFamily:
     def encode(self, prompts: Sequence[str], negative: str | None = None) -> Cond:
         """A negative is the encoding of its text, also of the empty one; it is made once and seen by all rows."""
         if not self.options.encoders:
-            raise UserError("no text encoder is loaded", "give --prompt-cache, or leave it out")
-        cond = self._encode(list(prompts))
+            raise RuntimeError("the text encoders were not loaded")
+        cond = self.complete(self._encode(list(prompts)))
         if negative is None:
             return cond
         if self._empty is None or self._empty[:2] != (negative, self.device):
             self._empty = negative, self.device, self._encode([negative])
         return Cond(cond.tokens, cond.pooled, cond.mask, self._empty[2].expand(len(prompts)), cond.guidance)
+
+    def complete(self, cond: Cond) -> Cond:
+        return cond
 
     def guide(self, positive: Tensor, negative: Tensor, weight: float | Tensor) -> Tensor:
         return classifier_free(positive, negative, weight)

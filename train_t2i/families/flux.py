@@ -37,7 +37,10 @@ class FLUX(FlowFamily):
         tokens, pooled, _ = self.pipe.encode_prompt(
             prompts, prompts, device=self.device, max_sequence_length=self.text_length
         )
-        return self.told_guidance(Cond(tokens, pooled), self.options.guidance)
+        return Cond(tokens, pooled)
+
+    def complete(self, cond: Cond) -> Cond:
+        return self.told_guidance(cond, self.options.guidance)
 
     def told_guidance(self, cond: Cond, guidance: float | Tensor) -> Cond:
         """``cond`` with the number, or (B,) numbers, that a guidance-distilled network is told; others take none."""

@@ -20,7 +20,7 @@ from train_t2i.families.loading import load_part, load_pipeline, told
 from train_t2i.schedule import EpsilonVP
 
 TAKES = "a hub id, a diffusers pipeline folder, or a single .safetensors file"
-ENCODERS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+ENCODERS = ("text_encoder", "text_encoder_2")
 
 
 class SDXL:
@@ -85,7 +85,7 @@ class SDXL:
     def encode(self, prompts: Sequence[str], negative: str | None = None) -> Cond:
         """Empty negative text means zeros, as the published pipeline does (``force_zeros_for_empty_prompt``)."""
         if self.pipe.text_encoder is None:
-            raise UserError("no text encoder is loaded", "give --prompt-cache, or leave it out")
+            raise RuntimeError("the text encoders were not loaded")
         guided = negative is not None
         tokens, neg_tokens, pooled, neg_pooled = self.pipe.encode_prompt(
             list(prompts),
@@ -95,6 +95,9 @@ class SDXL:
             negative_prompt=[negative] * len(prompts) if negative else None,
         )
         return Cond(tokens, pooled, negative=Cond(neg_tokens, neg_pooled) if guided else None)
+
+    def complete(self, cond: Cond) -> Cond:
+        return cond
 
     def call(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         height, width = x_t.shape[-2] * self.vae_factor, x_t.shape[-1] * self.vae_factor
@@ -142,24 +145,24 @@ def _is_file(model: str) -> bool:
 
 
 def _load_pipeline(model: str, options: FamilyOptions) -> Any:
-    """Everything but the UNet."""
+    """Everything but the UNet, and without ``options.encoders`` but the text encoders."""
+    left_out = ("unet", *(() if options.encoders else ENCODERS))
     if not _is_file(model):
-        left_out = ("unet", *(() if options.encoders else ENCODERS))
         with told(model, "--pretrained-model", TAKES):
             return load_pipeline(StableDiffusionXLPipeline, model, options.dtype, left_out, add_watermarker=False)
     with told(model, "--pretrained-model", TAKES):
-        pipe = _pipeline_of_file(model, options.dtype)
+        pipe = _pipeline_of_file(model, options.dtype, dict.fromkeys(left_out))
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
 
-def _pipeline_of_file(file: str, dtype: torch.dtype) -> Any:
+def _pipeline_of_file(file: str, dtype: torch.dtype, absent: dict[str, None]) -> Any:
     sdxl_file.check_file(file)
     first, second = sdxl_file.tokenizers()
     with sdxl_file.configs() as folder:
         return StableDiffusionXLPipeline.from_single_file(
-            file, config=folder, tokenizer=first, tokenizer_2=second, scheduler=sdxl_file.scheduler(), unet=None,
-            dtype=dtype, add_watermarker=False,
+            file, config=folder, tokenizer=first, tokenizer_2=second, scheduler=sdxl_file.scheduler(),
+            dtype=dtype, add_watermarker=False, **absent,
         )  # fmt: skip
 
 

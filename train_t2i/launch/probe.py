@@ -6,6 +6,7 @@
 Works from Python 3.6 up, since a node without its environment has only the system's.
 """
 
+import glob
 import hashlib
 import importlib.util
 import json
@@ -59,6 +60,24 @@ def data_of(path: Path):
     if table.is_file():
         sha.update(digest_of(table).encode())
     return {"bytes": sum(size for _, size in entries), "digest": sha.hexdigest()[:16]}
+
+
+def data_named(text: str):
+    """The same of all that --data-path-train names (train_t2i/prompts.py); a dataset of the hub is not looked at."""
+    if text.startswith("hub:"):
+        return {"bytes": 0, "digest": text}
+    names = [text]
+    if not Path(text).exists():
+        parts = [part.strip() for part in text.split(",") if part.strip()]
+        names = [name for part in parts for name in (sorted(glob.glob(part, recursive=True)) or [part])]  # noqa: PTH207 - absolute ones too
+    found = [data_of(Path(name)) for name in names]
+    if len(found) == 1 or not all(found):
+        return found[0] if len(found) == 1 else None
+    digests = "".join(part["digest"] for part in found)
+    return {
+        "bytes": sum(part["bytes"] for part in found),
+        "digest": hashlib.sha256(digests.encode()).hexdigest()[:16],
+    }
 
 
 def rehearse(script: str, flags: list, variables: dict):
@@ -133,7 +152,7 @@ def look(request: dict) -> dict:
         if settings:
             found["data_path"] = settings["data_path_train"]
         if found["data_path"]:
-            found["data"] = data_of(Path(found["data_path"]))
+            found["data"] = data_named(found["data_path"])
     return found
 
 
