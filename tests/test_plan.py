@@ -280,6 +280,7 @@ def test_what_a_backend_shares(
     assert plan.gathered == pytest.approx(gathered * GB)
     assert (plan.encoders, plan.vae, plan.rewards) == (3 * GB, GB // 2, GB)
     assert plan.worst == "generator update"
+    assert estimate(replace(PAIR, backend=backend, prompt_cache="folder"), MADE, world).encoders == 0
     network = NETWORK_BYTES if world > 1 else 0
     assert plan.reserve == pytest.approx(CONTEXT_BYTES + network + FRAGMENTATION * 4 * GB)
     assert plan.total == plan.kept + plan.gathered + 4 * GB + plan.reserve

@@ -76,18 +76,13 @@ def estimate(run: Config, found: Rehearsal, world: int) -> Plan:
         frozen=int(sum(module.frozen_bytes for module in found.modules.values()) * share),
         trained=int(masters),
         optimizer=int(adam * total_trained * scattered),
-        encoders=0 if without_encoders(run) else found.encoder_bytes,
+        encoders=0 if run.prompt_cache else found.encoder_bytes,
         vae=found.vae_bytes,
         rewards=found.reward_bytes,
         gathered=gathered_bytes(run, found, world),
         phases=phases,
         reserve=CONTEXT_BYTES + (NETWORK_BYTES if world > 1 else 0) + int(FRAGMENTATION * coming),
     )
-
-
-def without_encoders(run: Config) -> bool:
-    """Whether prompts come from a cache, so that no text encoder is loaded."""
-    return getattr(run, "prompt_cache", None) is not None
 
 
 def gradient_share(run: Config, world: int) -> float:
@@ -142,7 +137,7 @@ def levers(run: Config, found: Rehearsal, world: int) -> list[Lever]:
     """Changes that need no other rehearsal, those that cost least speed and quality first."""
     tried: list[tuple[str, Plan]] = []
     now = estimate(run, found, world)
-    if not without_encoders(run):
+    if not run.prompt_cache:
         tried.append(("--prompt-cache (no text encoder is loaded)", replace(now, encoders=0)))
     if not run.use_8bit_adam:
         tried.append(("--use-8bit-adam", estimate(replace(run, use_8bit_adam=True), found, world)))
