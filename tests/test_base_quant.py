@@ -68,6 +68,15 @@ def test_a_layer_is_the_plain_layer_of_its_weights(kind: str, dtype: torch.dtype
         torch.testing.assert_close(mine, theirs, rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.parametrize("kind", BASE_QUANTS)
+def test_weights_are_made_in_the_format_of_the_call(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[torch.dtype] = []
+    dense = QuantizedLinear.dense
+    monkeypatch.setattr(QuantizedLinear, "dense", lambda self, dtype: asked.append(dtype) or dense(self, dtype))
+    passed(QuantizedLinear(nn.Linear(96, 80), kind), torch.randn(5, 96), torch.bfloat16)
+    assert asked == [torch.bfloat16, torch.bfloat16]  # forward and backward
+
+
 @pytest.mark.parametrize(("kind", "error"), [("int8", 0.006), ("fp8", 0.03), ("nf4", 0.11)])
 def test_how_far_the_weights_are_rounded(kind: str, error: float) -> None:
     torch.manual_seed(0)

@@ -76,18 +76,13 @@ def estimate(run: Config, found: Rehearsal, world: int) -> Plan:
         frozen=int(sum(module.frozen_bytes for module in found.modules.values()) * share),
         trained=int(masters),
         optimizer=int(adam * total_trained * scattered),
-        encoders=0 if without_encoders(run) else found.encoder_bytes,
+        encoders=0 if run.prompt_cache else found.encoder_bytes,
         vae=found.vae_bytes,
         rewards=found.reward_bytes,
         gathered=gathered_bytes(run, found, world),
         phases=phases,
         reserve=CONTEXT_BYTES + (NETWORK_BYTES if world > 1 else 0) + int(FRAGMENTATION * coming),
     )
-
-
-def without_encoders(run: Config) -> bool:
-    """Whether prompts come from a cache, so that no text encoder is loaded."""
-    return getattr(run, "prompt_cache", None) is not None
 
 
 def gradient_share(run: Config, world: int) -> float:
@@ -142,13 +137,15 @@ def levers(run: Config, found: Rehearsal, world: int) -> list[Lever]:
     """Changes that need no other rehearsal, those that cost least speed and quality first."""
     tried: list[tuple[str, Plan]] = []
     now = estimate(run, found, world)
-    if not without_encoders(run):
+    if not run.prompt_cache:
         tried.append(("--prompt-cache (no text encoder is loaded)", replace(now, encoders=0)))
     if not run.use_8bit_adam:
         tried.append(("--use-8bit-adam", estimate(replace(run, use_8bit_adam=True), found, world)))
     if run.batch_size > 1:
         low = 0 if run.mixed_precision == "no" or is_gathered(run, world) else DTYPES[run.mixed_precision].itemsize
-        alone = estimate(replace(run, batch_size=1), smaller_batch(found, run.batch_size, low), world)
+        alone = estimate(
+            replace(run, batch_size=1), smaller_batch(found, run.batch_size, low, gradient_share(run, world)), world
+        )
         again = f"--batch-size 1 --gradient-accumulation-steps {run.batch_size * run.gradient_accumulation_steps}"
         tried.append((again, alone))
     if run.backend == "ddp" and world > 1:
@@ -180,7 +177,7 @@ def fewer_ranks(found: Rehearsal, run: Config) -> Rehearsal:
     return replace(found, trained=trained)
 
 
-def smaller_batch(found: Rehearsal, batch_size: int, copy_bytes: int) -> Rehearsal:
+def smaller_batch(found: Rehearsal, batch_size: int, copy_bytes: int, share: float) -> Rehearsal:
     """One row a micro-batch: activations go with the rows; gradients are then held from one to the next.
 
     Copies of trained weights in the format of the network calls do not go with them.
@@ -189,7 +186,7 @@ def smaller_batch(found: Rehearsal, batch_size: int, copy_bytes: int) -> Rehears
     def one_row(role: Role) -> tuple[int, int]:
         activations = found.updates[role].activations
         copies = min(activations, copy_bytes * found.trained[role])
-        return FP32_BYTES * found.trained[role], copies + (activations - copies) // batch_size
+        return int(FP32_BYTES * found.trained[role] * share), copies + (activations - copies) // batch_size
 
     peaks = {role: replace(peak, total=sum(one_row(role)), gradients=one_row(role)[0])
              for role, peak in found.updates.items()}  # fmt: skip
