@@ -12,6 +12,7 @@
 # On several machines: multi_node/multi.sh.
 BACKEND="${BACKEND:-ddp}"
 [[ "$BACKEND" != zero* ]] || TRAIN_T2I_EXTRAS="${TRAIN_T2I_EXTRAS:-} deepspeed"
+[[ "${TINY:-0}" == 1 ]] || TRAIN_T2I_EXTRAS="${TRAIN_T2I_EXTRAS:-} bitsandbytes" # 8-bit AdamW, in every published row
 # shellcheck source=scripts/setup.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/setup.sh"
 # shellcheck source=scripts/tiny_data.sh
