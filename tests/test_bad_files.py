@@ -126,6 +126,6 @@ def test_a_resolution_that_the_vae_cannot_take(refused, tmp_path):
         layers_per_block=1, norm_num_groups=8, latent_channels=4,
     )  # fmt: skip
     vae.save_pretrained(tmp_path / "vae")
-    assert "--resolution 40x40: the VAE takes multiples of 16" in refused(
+    assert "--resolution 40x40: the model takes multiples of 16" in refused(
         f"--vae {tmp_path / 'vae'} --resolution 40", loads=True
     )
