@@ -90,7 +90,7 @@ def test_the_ode_rollout_is_the_finished_sample_noised_anew(folders: dict[str, P
     assert set(rollout.t.tolist()) <= {round(float(t), 7) for t in setting.grid[:-1]} | set(setting.grid[:-1].tolist())
 
 
-def test_sde_and_ode_differ_and_one_step_does_not(folders: dict[str, Path]) -> None:
+def test_sde_and_ode_roll_out_differently(folders: dict[str, Path]) -> None:
     drawn = {}
     for sample_type in ("ode", "sde"):
         settings = settings_of(folders["flux"], sample_type)

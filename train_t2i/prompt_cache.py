@@ -269,7 +269,7 @@ class CachedText:
         if negative is None:
             return cond
         away = self.cache.embedding(negative) if negative else self.cache.negative()
-        return replace(cond, negative=self.family.complete(self._cond([away] * len(prompts))))
+        return replace(cond, negative=self.family.complete(self._cond([away]).expand(len(prompts))))
 
     def _cond(self, found: Sequence[Embedding]) -> Cond:
         """Rows of unequal length are filled up with zeros, which the mask hides."""

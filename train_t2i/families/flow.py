@@ -6,6 +6,7 @@ Shapes: B rows; C H W latent; x_t (B, 16, H, W); packed (B, H/2 * W/2, 64), chan
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path as FilePath
 from typing import Any, ClassVar, Self
 
@@ -113,7 +114,7 @@ class FlowFamily:
             return cond
         if self._empty is None or self._empty[:2] != (negative, self.device):
             self._empty = negative, self.device, self._encode([negative])
-        return Cond(cond.tokens, cond.pooled, cond.mask, self._empty[2].expand(len(prompts)), cond.guidance)
+        return replace(cond, negative=self._empty[2].expand(len(prompts)))
 
     def complete(self, cond: Cond) -> Cond:
         return cond

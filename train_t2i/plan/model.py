@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -89,14 +89,10 @@ def empty_family(found: Published, run: Config, dtype: torch.dtype) -> Shapes:
     def encode(prompts: Sequence[str], negative: str | None = None) -> Cond:
         rows = len(prompts)
         cond = empty_cond(family, found, rows, length, dtype)
-        return cond if negative is None else _with_negative(cond, empty_cond(family, found, rows, length, dtype))
+        return cond if negative is None else replace(cond, negative=empty_cond(family, found, rows, length, dtype))
 
     family.encode = encode
     return Shapes(family.to(META), sum(count_encoder(*encoder) for encoder in found.encoders))
-
-
-def _with_negative(cond: Cond, negative: Cond) -> Cond:
-    return Cond(cond.tokens, cond.pooled, cond.mask, negative, cond.guidance)
 
 
 def _on_meta(kind: Any, config: dict[str, Any], dtype: torch.dtype) -> Any:
