@@ -93,10 +93,10 @@ def new_transformer(recipe: FlowRecipe, text_width: int, pooled_width: int) -> A
 
 def assemble(family: str, parts: dict[str, Any], folder: Path) -> None:
     """Write a complete half-precision pipeline folder; ``parts`` are the models, tokenizers are made here."""
-    if family == "sd3":
-        second = new_tokenizer()
+    if family == "sd3":  # its network reads CLIP's padding too: 77 tokens for captions of a dozen would double its work
+        first, second = new_tokenizer(TEXT_LENGTH), new_tokenizer(TEXT_LENGTH)
         second.pad_token = "!"  # noqa: S105  as CLIP-G's
-        tokenizers = {"tokenizer": new_tokenizer(), "tokenizer_2": second, "tokenizer_3": new_t5_tokenizer()}
+        tokenizers = {"tokenizer": first, "tokenizer_2": second, "tokenizer_3": new_t5_tokenizer()}
     elif family == "flux":
         tokenizers = {"tokenizer": new_tokenizer(), "tokenizer_2": new_t5_tokenizer()}
     else:
