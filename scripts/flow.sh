@@ -73,34 +73,34 @@ qwen_image() { # STEPS: Qwen-Image at 1024
   setting teacher-cfg        4     2
 }
 
-cold_start() { # distribution matching alone, from the teacher's own weights
+cold_start() { # STEPS in the tiny world: distribution matching alone, from the teacher's own weights
   every_stage
   setting lr-scheduler      constant  cosine
-  setting max-train-steps   2001      100
-  setting cold-start-iter   2001      100
+  setting max-train-steps   2001      "$1"
+  setting cold-start-iter   2001      "$1"
   setting sample-steps      100       50
   setting checkpoint-steps  500       50
 }
 
-rewards() { # FOLDER OF STAGE 1: distribution matching and rewards, from stage 1's checkpoint
+rewards() { # FOLDER OF STAGE 1, ITS STEPS in the tiny world: distribution matching and rewards, from stage 1's checkpoint
   local stage_1="${OUTPUT_DIR:-runs}/$1/checkpoints/torch_units"
   every_stage
-  setting resume-ckpt         "$stage_1/step-2000.pt"                 "$stage_1/step-100.pt"
-  setting cold-start-iter     2000                                    100
+  setting resume-ckpt         "$stage_1/step-2000.pt"                 "$stage_1/step-$2.pt"
+  setting cold-start-iter     2000                                    "$2"
   setting clip-reward-model   "$CHECKPOINTS/Apple_CLIP-H-14-224.bin"  "$CHECKPOINTS/tiny-clip"
   setting hpsv2-reward-model  "$CHECKPOINTS/HPS_v2.1_compressed.pt"   "$CHECKPOINTS/tiny-hps"
   setting reward-margin       0.7                                     1.0
   setting lr-scheduler        constant                                cosine
 }
 
-refl() { # FOLDER OF STAGE 1: the rewards themselves (ReFL)
-  rewards "$1"
+refl() { # FOLDER OF STAGE 1, ITS STEPS: the rewards themselves (ReFL)
+  rewards "$1" "$2"
   setting magic-prompt        "Realistic photo"  ""
   setting sample-steps        100                50
 }
 
-srpo() { # FOLDER OF STAGE 1: HPS of one wording relative to another (SRPO)
-  rewards "$1"
+srpo() { # FOLDER OF STAGE 1, ITS STEPS: HPS of one wording relative to another (SRPO)
+  rewards "$1" "$2"
   setting srpo                on
   setting srpo-k              0.1
   setting reward-clip-weight  0.1                1

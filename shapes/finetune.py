@@ -72,9 +72,14 @@ def supervised(
 
 
 def install(trained: Path, folder: Path, kind: Any) -> None:
-    """Replace the model of class `kind` in `folder` by the generator of the checkpoint `trained`, in half precision."""
+    """Replace the model of class `kind` in `folder` by the generator of the checkpoint `trained`, in half precision.
+
+    A checkpoint holds parameters; buffers, such as SD3's table of positions, are what the configuration makes them.
+    """
     model = kind.from_config(kind.load_config(folder))
-    model.load_state_dict(load_file(trained / "model.safetensors"))
+    missing, unexpected = model.load_state_dict(load_file(trained / "model.safetensors"), strict=False)
+    assert set(missing) <= {name for name, _ in model.named_buffers()}, missing
+    assert not unexpected, unexpected
     fresh = folder.with_name(f"{folder.name}.partial")
     model.half().save_pretrained(fresh)
     shutil.rmtree(folder)

@@ -29,7 +29,7 @@ T5 = T5Recipe()
 QWEN_TEXT = QwenTextRecipe()
 SD3 = FlowRecipe("sd3", seed=51, width=92, heads=4, layers=4, legs=(10000,))
 FLUX = FlowRecipe("flux", seed=51, width=128, heads=4, layers=1, single_layers=3, legs=(4000, 7000))
-QWEN = FlowRecipe("qwen_image", seed=53, width=104, heads=4, layers=4, legs=(12000,))
+QWEN = FlowRecipe("qwen_image", seed=53, width=104, heads=4, layers=4, legs=(12000, 20000))
 GUIDANCE = GuidanceRecipe()
 CFGS = (1.5, 2.0, 3.0)
 PROMPTS, STEPS, BATCH = 500, 25, 100

@@ -7,7 +7,7 @@
 source "$(dirname -- "${BASH_SOURCE[0]}")/../flow.sh"
 
 flux 2 # these rows come first
-cold_start
+cold_start 200
 #       flag                         published   tiny world
 setting exp-name                     cold_start_flux_2step
 setting batch-size                   2           32

@@ -7,7 +7,7 @@
 source "$(dirname -- "${BASH_SOURCE[0]}")/../flow.sh"
 
 flux 4 # these rows come first
-cold_start
+cold_start 100
 #       flag                         published   tiny world
 setting exp-name                     cold_start_flux_4step
 setting batch-size                   2           32

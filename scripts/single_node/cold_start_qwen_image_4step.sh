@@ -7,7 +7,7 @@
 source "$(dirname -- "${BASH_SOURCE[0]}")/../flow.sh"
 
 qwen_image 4 # these rows come first
-cold_start
+cold_start 100
 #       flag                         published   tiny world
 setting exp-name                     cold_start_qwen_image_4step
 setting batch-size                   1           32

@@ -6,7 +6,7 @@
 source "$(dirname -- "${BASH_SOURCE[0]}")/../flow.sh"
 
 sd35 # these rows come first
-cold_start
+cold_start 100
 #       flag               published   tiny world
 setting exp-name           cold_start_sd35
 setting batch-size         4           32

@@ -7,7 +7,7 @@
 source "$(dirname -- "${BASH_SOURCE[0]}")/../flow.sh"
 
 flux 4 # these rows come first
-srpo cold_start_flux_4step
+srpo cold_start_flux_4step 100
 #       flag                         published   tiny world
 setting exp-name                     dmdr_flux_4step_srpo
 setting batch-size                   1           32

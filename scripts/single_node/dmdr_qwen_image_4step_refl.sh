@@ -7,7 +7,7 @@
 source "$(dirname -- "${BASH_SOURCE[0]}")/../flow.sh"
 
 qwen_image 4 # these rows come first
-refl cold_start_qwen_image_4step
+refl cold_start_qwen_image_4step 100
 #       flag                         published   tiny world
 setting exp-name                     dmdr_qwen_image_4step_refl
 setting batch-size                   1           32

@@ -6,7 +6,7 @@
 source "$(dirname -- "${BASH_SOURCE[0]}")/../flow.sh"
 
 sd35 # these rows come first
-refl cold_start_sd35
+refl cold_start_sd35 100
 #       flag                published   tiny world
 setting exp-name            dmdr_sd35_refl
 setting batch-size          2           32

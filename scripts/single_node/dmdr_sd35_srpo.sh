@@ -6,7 +6,7 @@
 source "$(dirname -- "${BASH_SOURCE[0]}")/../flow.sh"
 
 sd35 # these rows come first
-srpo cold_start_sd35
+srpo cold_start_sd35 100
 #       flag               published   tiny world
 setting exp-name           dmdr_sd35_srpo
 setting batch-size         2           32

@@ -6,7 +6,7 @@
 source "$(dirname -- "${BASH_SOURCE[0]}")/../flow.sh"
 
 sd3 # these rows come first
-refl cold_start_sd3
+refl cold_start_sd3 100
 #       flag                published   tiny world
 setting exp-name            dmdr_sd3_refl
 setting batch-size          4           32

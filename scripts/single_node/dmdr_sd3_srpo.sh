@@ -6,7 +6,7 @@
 source "$(dirname -- "${BASH_SOURCE[0]}")/../flow.sh"
 
 sd3 # these rows come first
-srpo cold_start_sd3
+srpo cold_start_sd3 100
 #       flag               published   tiny world
 setting exp-name           dmdr_sd3_srpo
 setting batch-size         4           32
