@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from flow_models import CALLS, CFG, FAMILIES, NEGATIVE, load_pipeline, save_flow
 from torch import Tensor
 
@@ -79,6 +80,37 @@ def test_the_network_is_fed_what_the_pipeline_feeds_it(name: str, folders: dict[
             torch.testing.assert_close(found[key].float(), value.float(), rtol=0, atol=0, msg=f"{name}: {key}")
         elif key not in ("joint_attention_kwargs", "attention_kwargs"):
             assert found.get(key) == value, key
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_in_half_precision_the_time_is_rounded_as_the_pipeline_rounds_it(
+    name: str, dtype: torch.dtype, folders: dict[str, Path]
+) -> None:
+    """What goes into the sinusoids at each time of a shifted grid, under autocast as in training."""
+    pipe = load_pipeline(folders[name], name).to(dtype)
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.2)
+    expected = times_at_the_sinusoids(pipe.transformer.time_text_embed)
+    sigmas = {} if name == "sd3" else {"sigmas": [1.0, 0.75, 0.5, 0.25]}
+    told = {"true_cfg_scale": 1.0} if name == "qwen_image" else {"guidance_scale": 1.0}
+    told |= {"max_sequence_length": 24}
+    pipe(PROMPTS[1], height=HEIGHT, width=WIDTH, num_inference_steps=4, output_type="latent", **sigmas, **told)
+    family = ours(folders[name], dtype=dtype)
+    net = family.load(dtype)
+    found = times_at_the_sinusoids(net.time_text_embed)
+    cond = family.encode([PROMPTS[1]])
+    for t in pipe.scheduler.timesteps / 1000:
+        with torch.no_grad(), torch.autocast("cpu", dtype):
+            family.call(net, noise(1), t[None], cond)
+    assert len(found) == len(expected) == 4
+    assert found == expected
+
+
+def times_at_the_sinusoids(embedding: torch.nn.Module) -> list[float]:
+    """Filled at every call with the time of its first row, in the network's unit."""
+    seen: list[float] = []
+    embedding.register_forward_pre_hook(lambda module, given: seen.append(float(given[0][0])))
+    return seen
 
 
 @pytest.mark.parametrize("name", FAMILIES)

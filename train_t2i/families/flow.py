@@ -38,6 +38,15 @@ def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
     return patches.reshape(rows, channels, height, width)
 
 
+def told_time(t: Tensor, like: Tensor) -> Tensor:
+    """(B,) in [0, 1]: the time as the pipelines tell it: in thousands, rounded to the format of its text and latents.
+
+    bf16 knows 904 and 908 and nothing between: a student that learnt at 905.66 would be sampled at a time that it never saw.
+    What is mixed, stepped and weighted uses the fp32 time.
+    """
+    return (t.float() * 1000).to(like.dtype) / 1000
+
+
 class FlowFamily:
     """A transformer on rectified flow; a subclass says how it is told its prompt and called.
 

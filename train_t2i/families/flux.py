@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 from torch import Tensor, nn
 
 from train_t2i.families.base import Cond
-from train_t2i.families.flow import PATCH, FlowFamily, pack, unpack
+from train_t2i.families.flow import PATCH, FlowFamily, pack, told_time, unpack
 
 
 class FLUX(FlowFamily):
@@ -58,7 +58,7 @@ class FLUX(FlowFamily):
     def call(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         height, width = x_t.shape[-2:]
         out = net(
-            pack(x_t), timestep=t.float(), encoder_hidden_states=cond.tokens, pooled_projections=cond.pooled,
+            pack(x_t), timestep=told_time(t, cond.tokens), encoder_hidden_states=cond.tokens, pooled_projections=cond.pooled,
             guidance=cond.guidance, txt_ids=x_t.new_zeros(cond.tokens.shape[1], 3),
             img_ids=position_ids(height // PATCH, width // PATCH, x_t.device), return_dict=False,
         )[0]  # fmt: skip

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from train_t2i.errors import UserError
 from train_t2i.families.base import Cond, FamilyOptions, classifier_free
-from train_t2i.families.flow import PATCH, FlowFamily, pack, unpack
+from train_t2i.families.flow import PATCH, FlowFamily, pack, told_time, unpack
 
 
 class QwenImage(FlowFamily):
@@ -58,7 +58,7 @@ class QwenImage(FlowFamily):
     def call(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         height, width = x_t.shape[-2:]
         out = net(
-            pack(x_t), timestep=t.float(), encoder_hidden_states=cond.tokens, encoder_hidden_states_mask=cond.mask,
+            pack(x_t), timestep=told_time(t, cond.tokens), encoder_hidden_states=cond.tokens, encoder_hidden_states_mask=cond.mask,
             img_shapes=[[(1, height // PATCH, width // PATCH)]] * len(x_t), return_dict=False,
         )[0]  # fmt: skip
         return unpack(out, height, width)
