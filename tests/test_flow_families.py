@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -246,3 +247,13 @@ def test_what_cannot_be_is_told_in_one_line(folders: dict[str, Path], tmp_path: 
     file.write_bytes(b"x")
     with pytest.raises(UserError, match="is a file"):
         load_family("flux", str(file))
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "transformer"])
+def test_half_a_file_of_weights_is_told_in_one_line(part: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    """transformers and diffusers raise different errors for a download that was cut off."""
+    folder = shutil.copytree(folders["flux"], tmp_path / "cut")
+    (weights,) = (folder / part).glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    with pytest.raises(UserError, match=f"--pretrained-model {folder}: cannot be loaded"):
+        ours(folder).load(torch.float32)

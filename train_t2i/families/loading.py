@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from train_t2i.errors import UserError
 
-ERRORS = (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError)  # what loaders raise
+# what loaders raise
+ERRORS = (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, SafetensorError)
 
 
 @contextmanager
