@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import torch
 from flow_models import CALLS, CFG, FAMILIES, NEGATIVE, load_pipeline, save_flow
 from torch import Tensor
 
-from train_t2i.errors import UserError
 from train_t2i.families import Cond, family_of, load_family
 from train_t2i.families.flow import pack, unpack
 from train_t2i.networks import Networks, any_of
@@ -236,24 +234,3 @@ def test_qwen_masks_padding_and_nothing_else(folders: dict[str, Path]) -> None:
     assert cond.mask is not None
     assert cond.mask.sum(1).tolist() == [len(family.pipe.tokenizer(p).input_ids) + 5 for p in PROMPTS]
     assert family.encode(PROMPTS[:1]).mask is None
-
-
-def test_what_cannot_be_is_told_in_one_line(folders: dict[str, Path], tmp_path: Path, tiny_vae_folder: Path) -> None:
-    with pytest.raises(UserError, match="--tiny-vae: Qwen-Image has no tiny decoder"):
-        ours(folders["qwen_image"], tiny_vae=str(tiny_vae_folder))
-    with pytest.raises(RuntimeError, match="encoders were not loaded"):
-        ours(folders["flux"], encoders=False).encode(PROMPTS)
-    file = tmp_path / "flux1-dev.safetensors"
-    file.write_bytes(b"x")
-    with pytest.raises(UserError, match="is a file"):
-        load_family("flux", str(file))
-
-
-@pytest.mark.parametrize("part", ["text_encoder", "transformer"])
-def test_half_a_file_of_weights_is_told_in_one_line(part: str, folders: dict[str, Path], tmp_path: Path) -> None:
-    """transformers and diffusers raise different errors for a download that was cut off."""
-    folder = shutil.copytree(folders["flux"], tmp_path / "cut")
-    (weights,) = (folder / part).glob("*.safetensors")
-    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
-    with pytest.raises(UserError, match=f"--pretrained-model {folder}: cannot be loaded"):
-        ours(folder).load(torch.float32)

@@ -10,13 +10,13 @@ from pathlib import Path as FilePath
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 
 from train_t2i.errors import UserError
 from train_t2i.families import sdxl_file
 from train_t2i.families.base import Cond, FamilyOptions, classifier_free
-from train_t2i.families.loading import load_part, load_pipeline, told
+from train_t2i.families.loading import load_autoencoder, load_pipeline, load_tiny, told
 from train_t2i.schedule import EpsilonVP
 
 TAKES = "a hub id, a diffusers pipeline folder, or a single .safetensors file"
@@ -66,11 +66,10 @@ class SDXL:
         pipe = _load_pipeline(model, options)
         if options.vae:
             pipe.vae = _load_vae(options.vae)
-        tiny = load_part(AutoencoderTiny, options.tiny_vae, "--tiny-vae") if options.tiny_vae else None
         return cls(
             pipe,
             lambda dtype: _load_unet(model, dtype),
-            tiny=tiny,
+            tiny=load_tiny(options.tiny_vae, cls.latent_channels),
             shift=1.0 if options.shift is None else options.shift,
             checkpoint_decoder=options.checkpoint_decoder,
         )
@@ -176,7 +175,7 @@ def _load_unet(model: str, dtype: torch.dtype) -> nn.Module:
 
 def _load_vae(source: str) -> Any:
     if not _is_file(source):
-        return load_part(AutoencoderKL, source, "--vae")
+        return load_autoencoder(AutoencoderKL, source, "--vae", SDXL.latent_channels)
     with told(source, "--vae", TAKES), sdxl_file.configs() as folder:
         return AutoencoderKL.from_single_file(source, config=folder, subfolder="vae", dtype=torch.float32)
 

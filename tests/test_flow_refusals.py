@@ -1,0 +1,77 @@
+"""What cannot work on SD3, FLUX.1 and Qwen-Image: one line before the first network call, naming the flag and the way out."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKLQwenImage, AutoencoderTiny
+from flow_models import FAMILIES, save_flow
+
+from train_t2i.errors import UserError
+from train_t2i.families import load_family
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("flow")
+    return {name: save_flow(root / name, name) for name in FAMILIES}
+
+
+def ours(folder: Path, **options: Any) -> Any:
+    return load_family("auto", str(folder), size_px=(48, 64), text_length=24, **options)
+
+
+def test_what_cannot_be_is_told_in_one_line(folders: dict[str, Path], tmp_path: Path, tiny_vae_folder: Path) -> None:
+    with pytest.raises(UserError, match="--tiny-vae: Qwen-Image has no tiny decoder"):
+        ours(folders["qwen_image"], tiny_vae=str(tiny_vae_folder))
+    with pytest.raises(RuntimeError, match="encoders were not loaded"):
+        ours(folders["flux"], encoders=False).encode(["a small red circle"])
+    file = tmp_path / "flux1-dev.safetensors"
+    file.write_bytes(b"x")
+    with pytest.raises(UserError, match="is a file"):
+        load_family("flux", str(file))
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "transformer"])
+def test_half_a_file_of_weights_is_told_in_one_line(part: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    """transformers and diffusers raise different errors for a download that was cut off."""
+    folder = shutil.copytree(folders["flux"], tmp_path / "cut")
+    (weights,) = (folder / part).glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    with pytest.raises(UserError, match=f"--pretrained-model {folder}: cannot be loaded"):
+        ours(folder).load(torch.float32)
+
+
+@pytest.mark.parametrize("name", ["sd3", "sdxl"])
+def test_an_autoencoder_of_another_family_is_refused_before_anything_is_made(
+    name: str, folders: dict[str, Path], sdxl_folder: Path, tiny_vae_folder: Path, tmp_path: Path
+) -> None:
+    """A tiny decoder serves rewards alone: it would fail when they begin, after all of the cold start."""
+    other, model = ("sdxl", folders["sd3"]) if name == "sd3" else ("sd3", sdxl_folder)
+    vae = {"sdxl": sdxl_folder, **folders}[other] / "vae"
+    AutoencoderTiny(latent_channels=16).save_pretrained(tmp_path)
+    tiny_vae = tiny_vae_folder if other == "sdxl" else tmp_path
+    has, wants = (4, 16) if name == "sd3" else (16, 4)
+    for flag, source in {"vae": vae, "tiny_vae": tiny_vae}.items():
+        told = f"--{flag.replace('_', '-')} {source}: its latents have {has} channels, this model's {wants}"
+        with pytest.raises(UserError, match=told):
+            load_family(name, str(model), **{flag: str(source)})
+
+
+def test_qwens_own_kind_of_autoencoder_is_compared_too(folders: dict[str, Path], tmp_path: Path) -> None:
+    source = folders["qwen_image"] / "vae"
+    config = AutoencoderKLQwenImage.load_config(source) | {"z_dim": 8}
+    AutoencoderKLQwenImage.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="its latents have 8 channels, this model's 16"):
+        ours(folders["qwen_image"], vae=str(tmp_path))
+    ours(folders["qwen_image"], vae=str(source))
+
+
+def test_a_vae_is_no_tiny_decoder(folders: dict[str, Path]) -> None:
+    """diffusers would draw its weights at random and say so in a warning."""
+    with pytest.raises(UserError, match="holds no AutoencoderTiny"):
+        ours(folders["sd3"], tiny_vae=str(folders["sd3"] / "vae"))
