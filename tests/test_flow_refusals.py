@@ -11,6 +11,7 @@ import torch
 from diffusers import AutoencoderKLQwenImage, AutoencoderTiny
 from flow_models import FAMILIES, save_flow
 
+from train_t2i.build import latent_shape
 from train_t2i.errors import UserError
 from train_t2i.families import load_family
 
@@ -75,3 +76,20 @@ def test_a_vae_is_no_tiny_decoder(folders: dict[str, Path]) -> None:
     """diffusers would draw its weights at random and say so in a warning."""
     with pytest.raises(UserError, match="holds no AutoencoderTiny"):
         ours(folders["sd3"], tiny_vae=str(folders["sd3"] / "vae"))
+
+
+def test_a_size_beyond_the_table_of_positions_is_refused_before_the_network_is_called(folders: dict[str, Path]) -> None:
+    """The tiny SD3's table has 8 rows of 16 pixels; the largest size that is let through is one that the network takes."""
+    family = ours(folders["sd3"])
+    net, cond = family.load(torch.float32), family.encode(["a small red circle"])
+
+    def predict(shape: tuple[int, int, int]) -> torch.Tensor:
+        return family.call(net, torch.zeros(1, *shape), torch.ones(1), cond)
+
+    assert predict(latent_shape(family, (128, 64))).shape == (1, 16, 16, 8)
+    with pytest.raises(ValueError, match="pos_embed_max_size"):
+        predict((16, 18, 8))
+    with pytest.raises(UserError, match="--resolution 64x144: the model takes at most 128 pixels a side") as refused:
+        latent_shape(family, (144, 64))
+    assert refused.value.hint == "e.g. 64x128"
+    assert latent_shape(ours(folders["flux"]), (144, 64)) == (16, 18, 8)

@@ -348,7 +348,7 @@ def test_what_cannot_be_planned_is_told_in_one_line(
         "--num-processes 0": "--num-processes 0: must be at least 1",
         "--model sd9": "invalid choice: 'sd9'",
         "--nonsense 1": "--nonsense: unknown flag",
-        f"--pretrained-model {folders['sd3']} --resolution 1024 --batch-size 1": "this run cannot be rehearsed: Height",
+        f"--pretrained-model {folders['sd3']} --resolution 1024 --batch-size 1": "at most 128 pixels a side",
         f"--pretrained-model {folders['qwen_image']} --resolution 64 --tiny-vae x --cold-start-iter 0 --clip-reward-model x": "no tiny decoder",
         f"--pretrained-model {folders['sd3']} --resolution 64 --tiny-vae {tiny_vae_folder} --cold-start-iter 0 --clip-reward-model x": "have 4 channels",
         "--base-quant nf4 --backend fsdp2": "does not go with --backend fsdp2",

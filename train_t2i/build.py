@@ -71,13 +71,19 @@ def cache_key(family: Family, run: Config, dtype: torch.dtype) -> dict[str, Any]
 
 
 def latent_shape(family: Family, size_px: tuple[int, int]) -> tuple[int, int, int]:
-    """(C, H, W) of one latent.  Raises UserError where the VAE cannot make that size."""
+    """(C, H, W) of one latent.  Raises UserError for a size that the VAE or the network cannot make."""
     height, width = size_px
     multiple = family.size_multiple
     if height % multiple or width % multiple:
         raise UserError(
             f"--resolution {width}x{height}: the model takes multiples of {multiple}",
             f"e.g. {max(1, width // multiple) * multiple}",
+        )
+    limit = family.max_side_px
+    if limit is not None and max(size_px) > limit:
+        raise UserError(
+            f"--resolution {width}x{height}: the model takes at most {limit} pixels a side",
+            f"e.g. {min(width, limit)}x{min(height, limit)}",
         )
     return family.latent_channels, height // family.vae_factor, width // family.vae_factor
 

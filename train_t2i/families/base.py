@@ -125,6 +125,7 @@ class Family(Protocol):
     latent_channels: int
     vae_factor: int  # pixels a latent cell, along one side
     size_multiple: int  # images are multiples of so many pixels
+    max_side_px: int | None  # no side of an image is longer; None: no table of positions ends
     text_length: int  # tokens of the longest text
 
     def load(self, dtype: torch.dtype) -> nn.Module:

@@ -95,6 +95,10 @@ class FlowFamily:
     def lora_targets(self) -> tuple[str, ...]:
         raise NotImplementedError
 
+    @property
+    def max_side_px(self) -> int | None:
+        return None
+
     def call(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         raise NotImplementedError
 

@@ -39,6 +39,11 @@ class SD3(FlowFamily):
         )
         return (*(rf"attn\.{name}" for name in IMAGE_ATTENTION), *text, *second)
 
+    @property
+    def max_side_px(self) -> int:
+        """The side of its table of positions, which has a row a token."""
+        return self.config["pos_embed_max_size"] * self.size_multiple
+
     def _encode(self, prompts: list[str]) -> Cond:
         tokens, _, pooled, _ = self.pipe.encode_prompt(
             prompts, prompts, prompts, device=self.device, do_classifier_free_guidance=False,

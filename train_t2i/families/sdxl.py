@@ -36,6 +36,7 @@ class SDXL:
     )  # fmt: skip
     block_names: tuple[str, ...] = ("BasicTransformerBlock", "ResnetBlock2D")
     latent_channels = 4
+    max_side_px = None
     text_length = 77
 
     def __init__(
