@@ -121,6 +121,7 @@ class Family(Protocol):
 
     path: Path
     lora_targets: tuple[str, ...]  # expressions for the end of a layer's name, from a dot on
+    denoiser_name: str  # in its pipeline: of the network's folder, and before the names of a LoRA
     block_names: tuple[str, ...]  # class names of the repeated blocks: sharding and checkpointing units
     latent_channels: int
     vae_factor: int  # pixels a latent cell, along one side
@@ -130,6 +131,10 @@ class Family(Protocol):
 
     def load(self, dtype: torch.dtype) -> nn.Module:
         """The bare frozen denoiser."""
+        ...
+
+    def lora_state(self, state: dict[str, Tensor], net: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+        """A LoRA in any names that the family's pipeline reads -> in diffusers' own, and the alphas that stand beside it."""
         ...
 
     def encode(self, prompts: Sequence[str], negative: str | None) -> Cond:

@@ -48,6 +48,7 @@ class FlowFamily:
     Pipeline: ClassVar[Any]
     Transformer: ClassVar[Any]
     Autoencoder: ClassVar[Any]
+    denoiser_name = "transformer"
     encoder_names: ClassVar[tuple[str, ...]]
     block_names: ClassVar[tuple[str, ...]]
     default_text_length: ClassVar[int]
@@ -167,6 +168,9 @@ class FlowFamily:
 
     def load(self, dtype: torch.dtype) -> nn.Module:
         return self._load_net(dtype).requires_grad_(False).train(False)
+
+    def lora_state(self, state: dict[str, Tensor], net: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+        return self.Pipeline.lora_state_dict(state), None
 
     def to(self, device: torch.device) -> Self:
         self.device = device

@@ -33,6 +33,9 @@ class FLUX(FlowFamily):
         single = ("proj_mlp", r"single_transformer_blocks\.\d+\.proj_out")
         return (*(rf"attn\.{name}" for name in attention), *forward, *single)
 
+    def lora_state(self, state: dict[str, Tensor], net: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+        return self.Pipeline.lora_state_dict(state, return_alphas=True)
+
     def _encode(self, prompts: list[str]) -> Cond:
         tokens, pooled, _ = self.pipe.encode_prompt(
             prompts, prompts, device=self.device, max_sequence_length=self.text_length

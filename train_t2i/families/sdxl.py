@@ -34,6 +34,7 @@ class SDXL:
         "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2",
         "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj",
     )  # fmt: skip
+    denoiser_name = "unet"
     block_names: tuple[str, ...] = ("BasicTransformerBlock", "ResnetBlock2D")
     latent_channels = 4
     max_side_px = None
@@ -80,6 +81,9 @@ class SDXL:
 
     def load(self, dtype: torch.dtype) -> nn.Module:
         return self._load_unet(dtype).requires_grad_(False).train(False)
+
+    def lora_state(self, state: dict[str, Tensor], net: Any) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+        return StableDiffusionXLPipeline.lora_state_dict(state, unet_config=net.config)
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], negative: str | None = None) -> Cond:

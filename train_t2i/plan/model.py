@@ -57,7 +57,7 @@ def published_of(run: Config, name: str | None) -> tuple[str, Published]:
 def read_folder(folder: Path) -> Published:
     """The configs of a diffusers pipeline folder.  Raises UserError."""
     family = family_of(str(folder))
-    denoiser = "unet" if family == "sdxl" else "transformer"
+    denoiser = FAMILIES[family].denoiser_name
     with told(str(folder), "--pretrained-model", "a diffusers pipeline folder"):
         encoders = tuple(_encoder(part) for part in sorted(folder.glob("text_encoder*")) if part.is_dir())
         read = {part: _read(folder / part / "config.json") for part in (denoiser, "vae")}
