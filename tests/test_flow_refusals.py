@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_runs
 import torch
 from diffusers import AutoencoderKLQwenImage, AutoencoderTiny
-from flow_models import FAMILIES, save_flow
+from flow_models import FAMILIES, load_pipeline, save_flow
 
-from train_t2i.build import latent_shape
+from train_t2i.build import check_family_flags, latent_shape
+from train_t2i.config import Config
 from train_t2i.errors import UserError
+from train_t2i.families import FAMILIES as FLOW_FAMILIES
 from train_t2i.families import load_family
 
 
@@ -93,3 +97,39 @@ def test_a_size_beyond_the_table_of_positions_is_refused_before_the_network_is_c
         latent_shape(family, (144, 64))
     assert refused.value.hint == "e.g. 64x128"
     assert latent_shape(ours(folders["flux"]), (144, 64)) == (16, 18, 8)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_text_that_the_pipeline_would_refuse_is_refused(name: str, folders: dict[str, Path]) -> None:
+    """The exported folder's call is told the length: the bound is the stock pipeline's own."""
+    limit = FLOW_FAMILIES[name].max_text_length
+    check_family_flags(Config(text_length=limit), name)
+    with pytest.raises(UserError, match=f"--text-length {limit + 1}: the pipeline of {name} takes at most {limit}"):
+        check_family_flags(Config(text_length=limit + 1), name)
+    pipe = load_pipeline(folders[name], name)
+    call = {"height": 32, "width": 32, "num_inference_steps": 2, "output_type": "latent"}
+    pipe("a small red circle", **call, max_sequence_length=limit)
+    with pytest.raises(ValueError, match="max_sequence_length"):
+        pipe("a small red circle", **call, max_sequence_length=limit + 1)
+
+
+def test_a_guidance_that_nobody_is_told_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    """FLUX.1-schnell's transformer has no embedding for it."""
+    schnell = shutil.copytree(folders["flux"], tmp_path / "schnell")
+    config = schnell / "transformer" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"guidance_embeds": False}))
+    ours(schnell)
+    with pytest.raises(UserError, match="--guidance-embed does nothing"):
+        ours(schnell, guidance=2.0)
+    ours(folders["flux"], guidance=2.0)
+
+
+@pytest.mark.parametrize("flag", ["--text-length 64", "--guidance-embed 2"])
+def test_the_teachers_flags_are_looked_at_too(
+    flag: str, sdxl_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = tiny_runs.refused(
+        capsys, "sample", "--teacher", "--pretrained-model", sdxl_folder, "--resolution", "32", "--out", tmp_path,
+        "--prompt", "a small red circle", *flag.split(),
+    )  # fmt: skip
+    assert f"{flag.split()[0]} does nothing for sdxl" in told

@@ -108,6 +108,7 @@ def test_flags_that_an_architecture_has_no_use_for_are_refused(
         return tiny_runs.refused(capsys, *shlex.split(flags))
 
     assert "--text-length does nothing for sdxl" in told(sdxl_folder, "--text-length 64")
+    assert "--text-length 513: the pipeline of sd3 takes at most 512" in told(folders["sd3"], "--text-length 513")
     assert "--guidance-embed does nothing for sd3" in told(folders["sd3"], "--guidance-embed 2")
     lora = "--use-lora-gen --resolution 64 --mixed-precision no"
     assert "no layer to_everything" in told(folders["sd3"], f"{lora} --lora-targets to_q,to_everything")

@@ -15,7 +15,7 @@ import rewards
 from train_t2i import base_quant
 from train_t2i.config import Config, DMDRConfig, Settings, listed, parse_resolution, resolved_layout, reward_weights
 from train_t2i.errors import UserError
-from train_t2i.families import Family, family_of, load_family
+from train_t2i.families import FAMILIES, Family, family_of, load_family
 from train_t2i.initial_weights import TAKES, load_generator_weights
 from train_t2i.methods import METHODS, Method, RewardTerm, Setting
 from train_t2i.networks import AdapterSpec, Networks, Role, build_networks
@@ -34,9 +34,13 @@ def resolved(settings: Settings) -> Settings:
 
 
 def check_family_flags(run: Config, family: str) -> None:
-    """Raises UserError for a flag that this architecture has no use for."""
+    """Raises UserError for a flag that this architecture has no use for, or that its exported pipeline would refuse."""
     if run.text_length and family == "sdxl":
         raise UserError("--text-length does nothing for sdxl, whose texts have 77 tokens", "leave it out")
+    if run.text_length > (limit := FAMILIES[family].max_text_length):
+        raise UserError(
+            f"--text-length {run.text_length}: the pipeline of {family} takes at most {limit}", f"e.g. {limit}"
+        )
     if run.guidance_embed != Config().guidance_embed and family != "flux":
         raise UserError(f"--guidance-embed does nothing for {family}", "it is FLUX.1's: leave it out")
 

@@ -128,6 +128,7 @@ class Family(Protocol):
     size_multiple: int  # images are multiples of so many pixels
     max_side_px: int | None  # no side of an image is longer; None: no table of positions ends
     text_length: int  # tokens of the longest text
+    max_text_length: int  # that its pipeline can be told
 
     def load(self, dtype: torch.dtype) -> nn.Module:
         """The bare frozen denoiser."""

@@ -52,6 +52,7 @@ class FlowFamily:
     encoder_names: ClassVar[tuple[str, ...]]
     block_names: ClassVar[tuple[str, ...]]
     default_text_length: ClassVar[int]
+    max_text_length: ClassVar[int]
     evenly_spaced: ClassVar[bool] = True  # its pipeline gives the scheduler 1, ..., 1/N; else the scheduler's own
     latent_channels = 16
 

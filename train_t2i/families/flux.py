@@ -13,7 +13,8 @@ import torch
 from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 from torch import Tensor, nn
 
-from train_t2i.families.base import Cond
+from train_t2i.errors import UserError
+from train_t2i.families.base import Cond, FamilyOptions
 from train_t2i.families.flow import PATCH, FlowFamily, pack, unpack
 
 
@@ -23,7 +24,14 @@ class FLUX(FlowFamily):
     Autoencoder = AutoencoderKL
     encoder_names = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     block_names = ("FluxTransformerBlock", "FluxSingleTransformerBlock")
-    default_text_length = 512
+    default_text_length = max_text_length = 512
+
+    def __init__(self, pipe: Any, config: dict[str, Any], load_net: Any, options: FamilyOptions) -> None:
+        if options.guidance != FamilyOptions.guidance and not config.get("guidance_embeds"):
+            raise UserError(
+                "--guidance-embed does nothing: this FLUX.1 is not told its guidance (schnell)", "leave it out"
+            )
+        super().__init__(pipe, config, load_net, options)
 
     @property
     def lora_targets(self) -> tuple[str, ...]:

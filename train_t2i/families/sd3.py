@@ -22,7 +22,7 @@ class SD3(FlowFamily):
     Autoencoder = AutoencoderKL
     encoder_names = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
     block_names = ("JointTransformerBlock",)
-    default_text_length = 256  # of T5
+    default_text_length, max_text_length = 256, 512  # of T5
     evenly_spaced = False
 
     @property

@@ -38,7 +38,7 @@ class SDXL:
     block_names: tuple[str, ...] = ("BasicTransformerBlock", "ResnetBlock2D")
     latent_channels = 4
     max_side_px = None
-    text_length = 77
+    text_length = max_text_length = 77
 
     def __init__(
         self,
