@@ -17,6 +17,9 @@ from torch import Tensor
 class Path(Protocol):
     """A forward process x_t = alpha(t) x0 + sigma(t) noise, and how a network's output on it is read."""
 
+    @property
+    def shift(self) -> float: ...
+
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor: ...
 
     def to_x0(self, x_t: Tensor, out: Tensor, t: Tensor) -> Tensor: ...
