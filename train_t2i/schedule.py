@@ -144,12 +144,6 @@ class RectifiedFlow:
         return self.dense(num_steps)
 
 
-def scaled_linear_alphas_cumprod(beta_start: float = 0.00085, beta_end: float = 0.012, count: int = 1000) -> Tensor:
-    """(count,) fp32: the schedule of Stable Diffusion and SDXL."""
-    betas = torch.linspace(beta_start**0.5, beta_end**0.5, count, dtype=torch.float32) ** 2
-    return torch.cumprod(1 - betas, dim=0)
-
-
 def cosine_fall(step: int, num_steps: int) -> float:
     """From 1 at step 0 to 0 at ``num_steps`` and after; 0 throughout when ``num_steps`` is 0."""
     return 0.5 * (1 + math.cos(math.pi * step / num_steps)) if step < num_steps else 0.0
