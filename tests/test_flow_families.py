@@ -12,7 +12,6 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from flow_models import CALLS, CFG, FAMILIES, NEGATIVE, load_pipeline, save_flow
 from torch import Tensor
 
-from train_t2i.errors import UserError
 from train_t2i.families import Cond, family_of, load_family
 from train_t2i.families.flow import pack, unpack
 from train_t2i.networks import Networks, any_of
@@ -267,14 +266,3 @@ def test_qwen_masks_padding_and_nothing_else(folders: dict[str, Path]) -> None:
     assert cond.mask is not None
     assert cond.mask.sum(1).tolist() == [len(family.pipe.tokenizer(p).input_ids) + 5 for p in PROMPTS]
     assert family.encode(PROMPTS[:1]).mask is None
-
-
-def test_what_cannot_be_is_told_in_one_line(folders: dict[str, Path], tmp_path: Path, tiny_vae_folder: Path) -> None:
-    with pytest.raises(UserError, match="--tiny-vae: Qwen-Image has no tiny decoder"):
-        ours(folders["qwen_image"], tiny_vae=str(tiny_vae_folder))
-    with pytest.raises(RuntimeError, match="encoders were not loaded"):
-        ours(folders["flux"], encoders=False).encode(PROMPTS)
-    file = tmp_path / "flux1-dev.safetensors"
-    file.write_bytes(b"x")
-    with pytest.raises(UserError, match="is a file"):
-        load_family("flux", str(file))

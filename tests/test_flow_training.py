@@ -108,6 +108,7 @@ def test_flags_that_an_architecture_has_no_use_for_are_refused(
         return tiny_runs.refused(capsys, *shlex.split(flags))
 
     assert "--text-length does nothing for sdxl" in told(sdxl_folder, "--text-length 64")
+    assert "--text-length 513: the pipeline of sd3 takes at most 512" in told(folders["sd3"], "--text-length 513")
     assert "--guidance-embed does nothing for sd3" in told(folders["sd3"], "--guidance-embed 2")
     lora = "--use-lora-gen --resolution 64 --mixed-precision no"
     assert "no layer to_everything" in told(folders["sd3"], f"{lora} --lora-targets to_q,to_everything")
@@ -139,6 +140,36 @@ def test_the_trained_grid_shift_and_text_length_are_in_the_checkpoint(
     _, record = run_of(path).load(path, [])
     assert record["grid"] == pytest.approx([1.0, 0.9375, 0.833333, 0.625, 0.0], abs=1e-6)
     assert (record["settings"]["shift"], record["settings"]["text_length"]) == (5.0, 24)
+
+
+def test_a_stage_trains_on_the_times_of_the_run_that_it_starts_from(
+    folders: dict[str, Path], prompts_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """--shift 0 is another number at another resolution; what it came to is in the checkpoint, and can be given."""
+    from train_t2i.checkpoint import run_of
+
+    plain = "--use-lora-gen --sample-num-steps 2 --text-length 24 --batch-size 1 --sample-steps 0 --max-train-steps"
+    given = {"model": folders["flux"], "prompts": prompts_file}
+
+    def train(name: str, more: str) -> Path:
+        return tiny_runs.train(tmp_path, name, f"{plain} {more}", **given)
+
+    def refused(more: str) -> str:
+        return tiny_runs.refused(capsys, *tiny_runs.arguments(tmp_path, "refused", f"{plain} {more}", **given))
+
+    first = tiny_runs.record(train("first", "1 --shift 0 --resolution 32"), 1)
+    shift = run_of(first).load(first, [])[1]["shift"]
+    wide = f"2 --resolution 64 --resume-ckpt {first} --shift"
+    told = refused(f"{wide} 0")
+    assert "its student was trained on the times 1.0000, 0.6124, this stage's are 1.0000, 0.6129" in told
+    assert f"set --shift {shift}, or --resolution and --sample-num-steps as they were" in told
+    assert "its student was trained on the times" in refused(f"{wide} 3")
+    second = tiny_runs.record(train("given", f"{wide} {shift}"), 2)
+    grids = [run_of(path).load(path, [])[1]["grid"] for path in (first, second)]
+    assert grids[0] == grids[1]
+    assert "shift: checkpoint=" in refused(f"3 --resolution 64 --resume-ckpt {second} --shift 3")
+    train("same", f"2 --resolution 32 --shift 0 --resume-ckpt {first} --learning-rate-gen 1e-4")
+    train("first", "2 --shift 0 --resolution 32 --auto-resume")
 
 
 def test_help_names_the_families(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import pytest
+import tiny
 import torch
 from torch import Tensor
 
 from train_t2i import losses
-from train_t2i.schedule import EpsilonVP, per_row, scaled_linear_alphas_cumprod
+from train_t2i.schedule import EpsilonVP, per_row
 
-PATH = EpsilonVP(scaled_linear_alphas_cumprod())
+PATH = EpsilonVP(tiny.ALPHAS_CUMPROD)
 SHAPE = (5, 4, 3, 2)
 
 

@@ -342,14 +342,15 @@ def test_auto_is_plain_data_parallelism_without_a_launcher() -> None:
 
 
 def test_what_cannot_be_planned_is_told_in_one_line(
-    folders: dict[str, Path], capsys: pytest.CaptureFixture[str]
+    folders: dict[str, Path], tiny_vae_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lines = {
         "--num-processes 0": "--num-processes 0: must be at least 1",
         "--model sd9": "invalid choice: 'sd9'",
         "--nonsense 1": "--nonsense: unknown flag",
-        f"--pretrained-model {folders['sd3']} --resolution 1024 --batch-size 1": "this run cannot be rehearsed: Height",
+        f"--pretrained-model {folders['sd3']} --resolution 1024 --batch-size 1": "at most 128 pixels a side",
         f"--pretrained-model {folders['qwen_image']} --resolution 64 --tiny-vae x --cold-start-iter 0 --clip-reward-model x": "no tiny decoder",
+        f"--pretrained-model {folders['sd3']} --resolution 64 --tiny-vae {tiny_vae_folder} --cold-start-iter 0 --clip-reward-model x": "have 4 channels",
         "--base-quant nf4 --backend fsdp2": "does not go with --backend fsdp2",
     }
     for flags, told in lines.items():

@@ -11,11 +11,11 @@ from torch import Tensor
 from train_t2i.families import Family, load_family
 from train_t2i.networks import Networks
 from train_t2i.sampling import few_step, many_step, simulate_to
-from train_t2i.schedule import EpsilonVP, scaled_linear_alphas_cumprod
+from train_t2i.schedule import EpsilonVP
 
 PROMPTS = ["a red circle", "two blue squares, one of them small"]
 SIZE = {"height": 24, "width": 40}
-PATH = EpsilonVP(scaled_linear_alphas_cumprod())
+PATH = EpsilonVP(tiny.ALPHAS_CUMPROD)
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderTiny,
+    DDPMScheduler,
     EulerDiscreteScheduler,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -29,6 +30,8 @@ VOCABULARY = {
     word: i for i, word in enumerate([*ASCII, *(c + "</w>" for c in ASCII), "<|startoftext|>", "<|endoftext|>"])
 }
 ROLES = ("generator", "guidance", "teacher")
+NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}  # Stable Diffusion's and SDXL's
+ALPHAS_CUMPROD = DDPMScheduler(**NOISE).alphas_cumprod  # (1000,)
 
 
 # -- models on disk --------------------------------------------------------------------------------------------------
@@ -68,10 +71,7 @@ def _sdxl_pipeline(second: bool, scheduler: dict[str, Any]) -> StableDiffusionXL
         up_block_types=("UpDecoderBlock2D",) * len(channels), layers_per_block=1, norm_num_groups=8, latent_channels=4,
         scaling_factor=0.5 if second else 0.8,
     )  # fmt: skip
-    euler = EulerDiscreteScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, timestep_spacing="leading",
-        **scheduler,
-    )  # fmt: skip
+    euler = EulerDiscreteScheduler(**NOISE, steps_offset=1, timestep_spacing="leading", **scheduler)
     return StableDiffusionXLPipeline(
         vae, CLIPTextModel(text_config(16, 16)), CLIPTextModelWithProjection(text_config(24, 24)),
         tokenizer(), tokenizer(), unet, euler, add_watermarker=False,

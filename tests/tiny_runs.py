@@ -21,15 +21,19 @@ METHODS = {
 }
 
 
-def train(root: Path, name: str, more: str = "", method: str = "dmdr", *, model: Path, prompts: Path) -> Path:
-    """A run of two steps at 32 px whose generator has left the teacher; its folder."""
-    flags = (
+def arguments(root: Path, name: str, more: str = "", method: str = "dmdr", *, model: Path, prompts: Path) -> list[str]:
+    """Of a run of two steps at 32 px whose generator leaves the teacher."""
+    return shlex.split(
         f"train --pretrained-model {model} --output-dir {root} --exp-name {name} --resolution 32 --mixed-precision no "
         f"--data-path-train {prompts} --batch-size 2 --batch-size-test 2 --learning-rate-gen 1e-3 "
         f"--teacher-num-steps 2 --max-train-steps 2 --checkpoint-steps 1 --sample-steps 1 "
         f"--method {method} {METHODS[method]} {more}"
     )
-    assert main(shlex.split(flags)) == 0
+
+
+def train(root: Path, name: str, more: str = "", method: str = "dmdr", *, model: Path, prompts: Path) -> Path:
+    """Run ``arguments`` to a good end; the run's folder."""
+    assert main(arguments(root, name, more, method, model=model, prompts=prompts)) == 0
     return root / name
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -10,15 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import rewards
-from rewards.weights import read_state
 from train_t2i import base_quant
-from train_t2i.checkpoint import RECORDS, run_of
 from train_t2i.config import Config, DMDRConfig, Settings, listed, parse_resolution, resolved_layout, reward_weights
 from train_t2i.errors import UserError
-from train_t2i.families import Family, family_of, load_family
+from train_t2i.families import FAMILIES, Family, family_of, load_family
+from train_t2i.initial_weights import TAKES, load_generator_weights
 from train_t2i.methods import METHODS, Method, RewardTerm, Setting
 from train_t2i.networks import AdapterSpec, Networks, Role, build_networks
 from train_t2i.prompt_cache import CachedText, PromptCache, check_key
@@ -36,9 +34,13 @@ def resolved(settings: Settings) -> Settings:
 
 
 def check_family_flags(run: Config, family: str) -> None:
-    """Raises UserError for a flag that this architecture has no use for."""
+    """Raises UserError for a flag that this architecture has no use for, or that its exported pipeline would refuse."""
     if run.text_length and family == "sdxl":
         raise UserError("--text-length does nothing for sdxl, whose texts have 77 tokens", "leave it out")
+    if run.text_length > (limit := FAMILIES[family].max_text_length):
+        raise UserError(
+            f"--text-length {run.text_length}: the pipeline of {family} takes at most {limit}", f"e.g. {limit}"
+        )
     if run.guidance_embed != Config().guidance_embed and family != "flux":
         raise UserError(f"--guidance-embed does nothing for {family}", "it is FLUX.1's: leave it out")
 
@@ -71,13 +73,19 @@ def cache_key(family: Family, run: Config, dtype: torch.dtype) -> dict[str, Any]
 
 
 def latent_shape(family: Family, size_px: tuple[int, int]) -> tuple[int, int, int]:
-    """(C, H, W) of one latent.  Raises UserError where the VAE cannot make that size."""
+    """(C, H, W) of one latent.  Raises UserError for a size that the VAE or the network cannot make."""
     height, width = size_px
     multiple = family.size_multiple
     if height % multiple or width % multiple:
         raise UserError(
             f"--resolution {width}x{height}: the model takes multiples of {multiple}",
             f"e.g. {max(1, width // multiple) * multiple}",
+        )
+    limit = family.max_side_px
+    if limit is not None and max(size_px) > limit:
+        raise UserError(
+            f"--resolution {width}x{height}: the model takes at most {limit} pixels a side",
+            f"e.g. {min(width, limit)}x{min(height, limit)}",
         )
     return family.latent_channels, height // family.vae_factor, width // family.vae_factor
 
@@ -109,7 +117,7 @@ def assemble(
     def initialise(modules: dict[str, nn.Module]) -> None:
         if source is not None:
             check_initial(run)
-            load_generator_weights(modules["gen"], source)
+            load_generator_weights(family, modules["gen"], source, ROLE_FOLDERS["generator"])
 
     torch.manual_seed(run.seed)  # LoRA factors start the same on every process
     return build_networks(
@@ -187,10 +195,7 @@ def check_initial(run: Config) -> None:
     given = {"--generator-init": run.generator_init, "--xl-ode-pretrain-path": run.xl_ode_pretrain_path}
     for name, source in given.items():
         if source is not None and not Path(source).exists():
-            raise UserError(
-                f"{name} {source}: no such file or folder",
-                "give a LoRA, a UNet folder, a state dict or a run's step-N.pt",
-            )
+            raise UserError(f"{name} {source}: no such file or folder", f"give {TAKES}")
 
 
 def semantic_relative(tower: Any, config: DMDRConfig, seed: int) -> rewards.Reward:
@@ -216,78 +221,3 @@ def build_rewards(
         _, weight = reward_weights(config)[name]
         terms.append(RewardTerm(short, score, weight, config.reward_margin, prefix))
     return tuple(terms)
-
-
-# -- initial weights of a generator ----------------------------------------------------------------------------------
-
-
-def load_generator_weights(net: nn.Module, source: str) -> None:
-    """Put ``source`` into a generator: a few-step LoRA (fused), a UNet folder, a state dict, or a run's step-N.pt."""
-    state = _state_of(Path(source))
-    if any(".lora" in key or "lora_" in key for key in state):
-        _fuse_lora(net, state, source)
-        return
-    try:
-        net.load_state_dict(state)
-    except RuntimeError as error:
-        first = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"{source}: not weights of this generator ({first})", "give weights of the same model"
-        ) from None
-
-
-def _state_of(path: Path) -> dict[str, Tensor]:
-    if path.suffix == ".pt" and path.parent.name == RECORDS:
-        parts, record = run_of(path).load(path, [ROLE_FOLDERS["generator"]])
-        if record["settings"]["use_lora_gen"]:
-            raise UserError(f"{path}: its generator is a LoRA", "give its export, or continue it with --resume-ckpt")
-        return dict(parts[ROLE_FOLDERS["generator"]].tensors["model"])
-    if (path / "adapter_config.json").is_file():
-        return _peft_adapter(path)
-    if path.is_dir():
-        folder = path / "unet" if (path / "unet").is_dir() else path
-        files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
-        if not files:
-            raise UserError(f"{path}: holds no weights", "give a UNet folder, a state dict or a run's step-N.pt")
-        return {key: tensor for file in files for key, tensor in _read(file).items()}
-    return _read(path)
-
-
-def _peft_adapter(folder: Path) -> dict[str, Tensor]:
-    """An adapter as peft saves it (a run's ``lora_gen/step-N``) in diffusers' names, its factor folded into B."""
-    try:
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        factor = config["lora_alpha"] / config["r"]
-        plain = not (config.get("use_rslora") or config.get("use_dora"))
-        plain = plain and not (config.get("rank_pattern") or config.get("alpha_pattern"))
-    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
-        raise UserError(
-            f"{folder}: its adapter_config.json cannot be used ({error})", "save the adapter again"
-        ) from None
-    if not plain:
-        raise UserError(f"{folder}: only plain LoRA of one rank is understood", "merge it into a UNet folder first")
-    state = _read(folder / "adapter_model.safetensors")
-    named = {"unet." + key.removeprefix("base_model.model."): tensor for key, tensor in state.items()}
-    return {key: tensor * factor if ".lora_B." in key else tensor for key, tensor in named.items()}
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    try:
-        return read_state(path)
-    except rewards.RewardError as error:
-        raise UserError(str(error)) from None
-
-
-def _fuse_lora(net: Any, state: dict[str, Tensor], source: str) -> None:
-    from diffusers import StableDiffusionXLPipeline
-
-    before = {key: value.clone() for key, value in net.state_dict().items()}
-    try:
-        lora, alphas = StableDiffusionXLPipeline.lora_state_dict(state, unet_config=net.config)
-        net.load_lora_adapter(lora, network_alphas=alphas, prefix="unet", adapter_name="init")
-    except Exception as error:  # converters raise whatever a foreign file makes them
-        raise UserError(f"{source}: not a LoRA of this generator ({' '.join(str(error).split())[:200]})") from None
-    net.fuse_lora()
-    net.unload_lora()
-    if all(torch.equal(before[key], value) for key, value in net.state_dict().items()):
-        raise UserError(f"{source}: this LoRA changes nothing", "it names no layer of this model")

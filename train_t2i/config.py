@@ -59,7 +59,8 @@ class Config:
     tiny_vae: str | None = flag(None, "AutoencoderTiny whose decoder serves rewards (folder or hub id)")
     generator_init: str | None = flag(None, "existing few-step LoRA or weights that the generator starts from")
     xl_ode_pretrain_path: str | None = flag(
-        None, "ODE initialisation of a one-step generator: UNet state dict, UNet folder, or an ode run's step-N.pt"
+        None,
+        "ODE initialisation of a one-step generator: its denoiser's state dict or folder, or an ode run's step-N.pt",
     )
     resolution: str = flag("1024", "image size in pixels: N or WIDTHxHEIGHT")
     sample_num_steps: int = flag(1, "network calls of the student", low=1, high=500)

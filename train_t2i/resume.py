@@ -6,17 +6,21 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from train_t2i import __version__, build
 from train_t2i.checkpoint import Part, RunFolder, run_of
 from train_t2i.config import Config, Settings, fields_of, resolved_layout
 from train_t2i.engine import RoleState
 from train_t2i.errors import UserError
+from train_t2i.families import Family
 from train_t2i.methods import METHODS
 from train_t2i.methods.base import Clock
 from train_t2i.networks import Role, export_adapter
 from train_t2i.run import Run, State
 
-STAGE_FIELDS = ("model_family", "use_lora_gen", "lora_rank", "lora_targets", "layout", "sample_num_steps", "shift")
+STAGE_FIELDS = ("model_family", "use_lora_gen", "lora_rank", "lora_targets", "layout", "sample_num_steps")
+GRID_TOLERANCE = 1e-6
 BATCH_FIELDS = ("batch_size", "gradient_accumulation_steps")
 INIT_FIELDS = ("generator_init", "xl_ode_pretrain_path")  # frozen under a LoRA, so not in its checkpoints
 EXPORTS: dict[Role, str] = {"generator": "lora_gen", "guidance": "lora_gui"}
@@ -67,6 +71,7 @@ def checkpoint_record(run: Run) -> dict[str, Any]:
         "backend": run.engine.backend_name,
         "settings": run.settings.as_dict(),
         "grid": run.networks.family.path.grid(run.settings.run.sample_num_steps).tolist(),
+        "shift": run.networks.family.path.shift,
         "code_version": __version__,
     }
 
@@ -116,7 +121,7 @@ def check_resumable(settings: Settings, path: Path, folder: RunFolder) -> tuple[
         told = {name: line for name, line in told.items() if fields[name].metadata["resume"] != "free" or name in fatal}
         fatal = [name for name in fatal if name not in BATCH_FIELDS]  # checked as a whole: global_batch_kept
     else:
-        fatal = [name for name in changed if name in (*STAGE_FIELDS, *_frozen_fields(settings.run))]
+        fatal = [name for name in changed if name in _stage_fields(settings.run, then)]
         fix = "these must match"
     if fatal:
         raise UserError(f"--resume-ckpt {path}: settings differ: {'; '.join(told[name] for name in fatal)}", fix)
@@ -160,8 +165,22 @@ def owns(folder: RunFolder, path: Path) -> bool:
     return run_of(path).root.resolve() == folder.root.resolve()
 
 
-def _frozen_fields(run: Config) -> tuple[str, ...]:
-    return INIT_FIELDS if run.layout == "paired_lora" else ()
+def _stage_fields(run: Config, then: dict[str, Any]) -> tuple[str, ...]:
+    """What a stage shares with the run it starts from.  A shift of 0 is the model's own at the run's size: see check_grid."""
+    shift = () if 0 in (run.shift, then.get("shift")) else ("shift",)
+    return (*STAGE_FIELDS, *shift, *(INIT_FIELDS if run.layout == "paired_lora" else ()))
+
+
+def check_grid(cfg: Config, family: Family, record: dict[str, Any], path: Path) -> None:
+    """Raises UserError where a stage's student would be asked for other times than those that it was trained on."""
+    then, now = torch.tensor(record["grid"]), family.path.grid(cfg.sample_num_steps)
+    if then.shape == now.shape and torch.allclose(then, now, rtol=0, atol=GRID_TOLERANCE):
+        return
+    past, present = (", ".join(f"{t:.4f}" for t in grid[:-1].tolist()) for grid in (then, now))
+    raise UserError(
+        f"--resume-ckpt {path}: its student was trained on the times {past}, this stage's are {present}",
+        f"set --shift {record.get('shift', 'as it was')}, or --resolution and --sample-num-steps as they were",
+    )
 
 
 def _has_part(record: dict[str, Any], role: Role) -> bool:

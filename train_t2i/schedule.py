@@ -17,6 +17,9 @@ from torch import Tensor
 class Path(Protocol):
     """A forward process x_t = alpha(t) x0 + sigma(t) noise, and how a network's output on it is read."""
 
+    @property
+    def shift(self) -> float: ...
+
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor: ...
 
     def to_x0(self, x_t: Tensor, out: Tensor, t: Tensor) -> Tensor: ...
@@ -139,12 +142,6 @@ class RectifiedFlow:
 
     def dense_grid(self, num_steps: int) -> Tensor:
         return self.dense(num_steps)
-
-
-def scaled_linear_alphas_cumprod(beta_start: float = 0.00085, beta_end: float = 0.012, count: int = 1000) -> Tensor:
-    """(count,) fp32: the schedule of Stable Diffusion and SDXL."""
-    betas = torch.linspace(beta_start**0.5, beta_end**0.5, count, dtype=torch.float32) ** 2
-    return torch.cumprod(1 - betas, dim=0)
 
 
 def cosine_fall(step: int, num_steps: int) -> float:

@@ -161,7 +161,8 @@ def load_teacher(run: Config, num_steps: int, cfg: float, *, device: torch.devic
     """The frozen model with ``num_steps`` deterministic steps under classifier-free guidance ``cfg``."""
     device = device or default_device()
     dtype, autocast = number_format(run.mixed_precision, device)
-    settings = Settings(dataclasses.replace(run, method="ode", gradient_checkpointing=False), ODEConfig())
+    run = dataclasses.replace(run, method="ode", gradient_checkpointing=False)
+    settings = build.resolved(Settings(run, ODEConfig()))
     family = build.build_family(settings.run, dtype).to(device)
     networks = build.assemble(
         settings, family, uses=("teacher",), trains=(), dtype=dtype, place=place_on(device), autocast=autocast

@@ -20,7 +20,7 @@ from train_t2i.feed import Feed, Pairs, dataset_for
 from train_t2i.methods import METHODS
 from train_t2i.networks import Networks, Role
 from train_t2i.prompt_cache import CachedText, PromptCache
-from train_t2i.resume import check_resumable, find_checkpoint, kept_batch, owns, restore, save
+from train_t2i.resume import check_grid, check_resumable, find_checkpoint, kept_batch, owns, restore, save
 from train_t2i.run import Run, State, StopRequest
 from train_t2i.sheet import SampleSheet, sheet_prompts
 from train_t2i.storage import FULL
@@ -154,6 +154,8 @@ def prepare(settings: Settings, folder: RunFolder, engine: Engine, stop: StopReq
 
     family = build.build_family(cfg, engine.dtype).to(engine.device)
     shape = build.latent_shape(family, settings.size_px)
+    if resume_from and not owns(folder, resume_from):
+        check_grid(cfg, family, record, resume_from)
     if isinstance(data, Pairs):
         data.check_shape(shape)
     networks = build.assemble(

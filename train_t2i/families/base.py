@@ -121,14 +121,21 @@ class Family(Protocol):
 
     path: Path
     lora_targets: tuple[str, ...]  # expressions for the end of a layer's name, from a dot on
+    denoiser_name: str  # in its pipeline: of the network's folder, and before the names of a LoRA
     block_names: tuple[str, ...]  # class names of the repeated blocks: sharding and checkpointing units
     latent_channels: int
     vae_factor: int  # pixels a latent cell, along one side
     size_multiple: int  # images are multiples of so many pixels
+    max_side_px: int | None  # no side of an image is longer; None: no table of positions ends
     text_length: int  # tokens of the longest text
+    max_text_length: int  # that its pipeline can be told
 
     def load(self, dtype: torch.dtype) -> nn.Module:
         """The bare frozen denoiser."""
+        ...
+
+    def lora_state(self, state: dict[str, Tensor], net: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+        """A LoRA in any names that the family's pipeline reads -> in diffusers' own, and the alphas that stand beside it."""
         ...
 
     def encode(self, prompts: Sequence[str], negative: str | None) -> Cond:

@@ -11,13 +11,13 @@ from pathlib import Path as FilePath
 from typing import Any, ClassVar, Self
 
 import torch
-from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor, nn
 
 from train_t2i.errors import UserError
 from train_t2i.families.base import Cond, FamilyOptions, classifier_free
-from train_t2i.families.loading import load_part, load_pipeline, told
+from train_t2i.families.loading import load_autoencoder, load_pipeline, load_tiny, told
 from train_t2i.schedule import RectifiedFlow, even_times
 
 PATCH = 2  # latent cells a token, along one side
@@ -57,9 +57,11 @@ class FlowFamily:
     Pipeline: ClassVar[Any]
     Transformer: ClassVar[Any]
     Autoencoder: ClassVar[Any]
+    denoiser_name = "transformer"
     encoder_names: ClassVar[tuple[str, ...]]
     block_names: ClassVar[tuple[str, ...]]
     default_text_length: ClassVar[int]
+    max_text_length: ClassVar[int]
     evenly_spaced: ClassVar[bool] = True  # its pipeline gives the scheduler 1, ..., 1/N; else the scheduler's own
     latent_channels = 16
 
@@ -69,7 +71,7 @@ class FlowFamily:
         self.device = torch.device("cpu")
         self.pipe, self.config, self.options, self._load_net = pipe, config, options, load_net
         self.vae, pipe.vae = pipe.vae, None  # one VAE is kept, ours
-        self.tiny = load_part(AutoencoderTiny, options.tiny_vae, "--tiny-vae") if options.tiny_vae else None
+        self.tiny = load_tiny(options.tiny_vae, self.latent_channels)
         for part in self._parts():
             part.requires_grad_(False).eval()
         self.vae_factor = self._vae_factor()
@@ -88,7 +90,7 @@ class FlowFamily:
         left_out = ("transformer", *(() if options.encoders else cls.encoder_names))
         pipe = load_pipeline(cls.Pipeline, model, options.dtype, left_out)
         if options.vae:
-            pipe.vae = load_part(cls.Autoencoder, options.vae, "--vae", options.dtype)
+            pipe.vae = load_autoencoder(cls.Autoencoder, options.vae, "--vae", cls.latent_channels, options.dtype)
         with told(model, "--pretrained-model"):
             config = dict(cls.Transformer.load_config(model, subfolder="transformer"))
 
@@ -103,6 +105,10 @@ class FlowFamily:
     @property
     def lora_targets(self) -> tuple[str, ...]:
         raise NotImplementedError
+
+    @property
+    def max_side_px(self) -> int | None:
+        return None
 
     def call(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         raise NotImplementedError
@@ -172,6 +178,9 @@ class FlowFamily:
 
     def load(self, dtype: torch.dtype) -> nn.Module:
         return self._load_net(dtype).requires_grad_(False).train(False)
+
+    def lora_state(self, state: dict[str, Tensor], net: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+        return self.Pipeline.lora_state_dict(state), None
 
     def to(self, device: torch.device) -> Self:
         self.device = device

@@ -13,7 +13,8 @@ import torch
 from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 from torch import Tensor, nn
 
-from train_t2i.families.base import Cond
+from train_t2i.errors import UserError
+from train_t2i.families.base import Cond, FamilyOptions
 from train_t2i.families.flow import PATCH, FlowFamily, pack, told_time, unpack
 
 
@@ -23,7 +24,14 @@ class FLUX(FlowFamily):
     Autoencoder = AutoencoderKL
     encoder_names = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     block_names = ("FluxTransformerBlock", "FluxSingleTransformerBlock")
-    default_text_length = 512
+    default_text_length = max_text_length = 512
+
+    def __init__(self, pipe: Any, config: dict[str, Any], load_net: Any, options: FamilyOptions) -> None:
+        if options.guidance != FamilyOptions.guidance and not config.get("guidance_embeds"):
+            raise UserError(
+                "--guidance-embed does nothing: this FLUX.1 is not told its guidance (schnell)", "leave it out"
+            )
+        super().__init__(pipe, config, load_net, options)
 
     @property
     def lora_targets(self) -> tuple[str, ...]:
@@ -32,6 +40,9 @@ class FLUX(FlowFamily):
         forward = (r"ff\.net\.0\.proj", r"ff\.net\.2", r"ff_context\.net\.0\.proj", r"ff_context\.net\.2")
         single = ("proj_mlp", r"single_transformer_blocks\.\d+\.proj_out")
         return (*(rf"attn\.{name}" for name in attention), *forward, *single)
+
+    def lora_state(self, state: dict[str, Tensor], net: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+        return self.Pipeline.lora_state_dict(state, return_alphas=True)
 
     def _encode(self, prompts: list[str]) -> Cond:
         tokens, pooled, _ = self.pipe.encode_prompt(

@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import AutoencoderTiny
+from safetensors import SafetensorError
 
 from train_t2i.errors import UserError
 
-ERRORS = (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError)  # what loaders raise
+# what loaders raise
+ERRORS = (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, SafetensorError)
 
 
 @contextmanager
@@ -35,9 +38,30 @@ def load_pipeline(kind: Any, model: str, dtype: torch.dtype, without: tuple[str,
         return pipe
 
 
-def load_part(kind: Any, source: str, flag: str, dtype: torch.dtype = torch.float32) -> Any:
-    """A model of class ``kind`` from its own folder or a hub id."""
+def load_autoencoder(kind: Any, source: str, flag: str, channels: int, dtype: torch.dtype = torch.float32) -> Any:
+    """One of class ``kind`` whose latents have ``channels``, from its own folder or a hub id.  Raises UserError."""
     if Path(source).is_file():
         raise UserError(f"{flag} {source}: is a file", "give the folder with its config.json, or a hub id")
-    with told(source, flag, "a folder with its config.json, or a hub id"):
-        return kind.from_pretrained(source, dtype=dtype)
+    takes = "a folder with its config.json, or a hub id"
+    with told(source, flag, takes):
+        coder, found = kind.from_pretrained(source, dtype=dtype, output_loading_info=True)
+    if missing := found["missing_keys"]:  # diffusers draws them at random
+        raise UserError(
+            f"{flag} {source}: holds no {kind.__name__} ({len(missing)} weights are missing)", f"give {takes}"
+        )
+    check_channels(coder, channels, f"{flag} {source}")
+    return coder
+
+
+def load_tiny(source: str | None, channels: int) -> Any:
+    """The small autoencoder whose decoder serves rewards, where one is given."""
+    return load_autoencoder(AutoencoderTiny, source, "--tiny-vae", channels) if source else None
+
+
+def check_channels(coder: Any, channels: int, given: str) -> None:
+    """Raises UserError where the autoencoder that was ``given`` is of latents with another number of channels."""
+    found = coder.config.get("latent_channels", coder.config.get("z_dim"))  # Qwen-Image's own name for it
+    if found != channels:
+        raise UserError(
+            f"{given}: its latents have {found} channels, this model's {channels}", "give one made for this model"
+        )

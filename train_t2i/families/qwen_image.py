@@ -26,7 +26,7 @@ class QwenImage(FlowFamily):
     Autoencoder = AutoencoderKLQwenImage
     encoder_names = ("text_encoder", "tokenizer")
     block_names = ("QwenImageTransformerBlock",)
-    default_text_length = 512
+    default_text_length, max_text_length = 512, 1024
 
     def __init__(self, pipe: Any, config: dict[str, Any], load_net: Any, options: FamilyOptions) -> None:
         if options.tiny_vae:

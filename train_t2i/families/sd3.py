@@ -22,7 +22,7 @@ class SD3(FlowFamily):
     Autoencoder = AutoencoderKL
     encoder_names = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
     block_names = ("JointTransformerBlock",)
-    default_text_length = 256  # of T5
+    default_text_length, max_text_length = 256, 512  # of T5
     evenly_spaced = False
 
     @property
@@ -38,6 +38,11 @@ class SD3(FlowFamily):
             tuple(rf"attn2\.{name}" for name in IMAGE_ATTENTION) if self.config.get("dual_attention_layers") else ()
         )
         return (*(rf"attn\.{name}" for name in IMAGE_ATTENTION), *text, *second)
+
+    @property
+    def max_side_px(self) -> int:
+        """The side of its table of positions, which has a row a token."""
+        return self.config["pos_embed_max_size"] * self.size_multiple
 
     def _encode(self, prompts: list[str]) -> Cond:
         tokens, _, pooled, _ = self.pipe.encode_prompt(

@@ -10,13 +10,13 @@ from pathlib import Path as FilePath
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 
 from train_t2i.errors import UserError
 from train_t2i.families import sdxl_file
 from train_t2i.families.base import Cond, FamilyOptions, classifier_free
-from train_t2i.families.loading import load_part, load_pipeline, told
+from train_t2i.families.loading import load_autoencoder, load_pipeline, load_tiny, told
 from train_t2i.schedule import EpsilonVP
 
 TAKES = "a hub id, a diffusers pipeline folder, or a single .safetensors file"
@@ -34,9 +34,11 @@ class SDXL:
         "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2",
         "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj",
     )  # fmt: skip
+    denoiser_name = "unet"
     block_names: tuple[str, ...] = ("BasicTransformerBlock", "ResnetBlock2D")
     latent_channels = 4
-    text_length = 77
+    max_side_px = None
+    text_length = max_text_length = 77
 
     def __init__(
         self,
@@ -66,11 +68,10 @@ class SDXL:
         pipe = _load_pipeline(model, options)
         if options.vae:
             pipe.vae = _load_vae(options.vae)
-        tiny = load_part(AutoencoderTiny, options.tiny_vae, "--tiny-vae") if options.tiny_vae else None
         return cls(
             pipe,
             lambda dtype: _load_unet(model, dtype),
-            tiny=tiny,
+            tiny=load_tiny(options.tiny_vae, cls.latent_channels),
             shift=1.0 if options.shift is None else options.shift,
             checkpoint_decoder=options.checkpoint_decoder,
         )
@@ -80,6 +81,9 @@ class SDXL:
 
     def load(self, dtype: torch.dtype) -> nn.Module:
         return self._load_unet(dtype).requires_grad_(False).train(False)
+
+    def lora_state(self, state: dict[str, Tensor], net: Any) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+        return StableDiffusionXLPipeline.lora_state_dict(state, unet_config=net.config)
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], negative: str | None = None) -> Cond:
@@ -176,7 +180,7 @@ def _load_unet(model: str, dtype: torch.dtype) -> nn.Module:
 
 def _load_vae(source: str) -> Any:
     if not _is_file(source):
-        return load_part(AutoencoderKL, source, "--vae")
+        return load_autoencoder(AutoencoderKL, source, "--vae", SDXL.latent_channels)
     with told(source, "--vae", TAKES), sdxl_file.configs() as folder:
         return AutoencoderKL.from_single_file(source, config=folder, subfolder="vae", dtype=torch.float32)
 

@@ -17,7 +17,7 @@ from torch import nn
 from train_t2i.config import Config, parse_resolution
 from train_t2i.errors import UserError
 from train_t2i.families import FAMILIES, Cond, Family, FamilyOptions, family_of
-from train_t2i.families.loading import told
+from train_t2i.families.loading import check_channels, told
 from train_t2i.families.published import FIRST_OF, PUBLISHED, Published
 
 META = torch.device("meta")
@@ -57,7 +57,7 @@ def published_of(run: Config, name: str | None) -> tuple[str, Published]:
 def read_folder(folder: Path) -> Published:
     """The configs of a diffusers pipeline folder.  Raises UserError."""
     family = family_of(str(folder))
-    denoiser = "unet" if family == "sdxl" else "transformer"
+    denoiser = FAMILIES[family].denoiser_name
     with told(str(folder), "--pretrained-model", "a diffusers pipeline folder"):
         encoders = tuple(_encoder(part) for part in sorted(folder.glob("text_encoder*")) if part.is_dir())
         read = {part: _read(folder / part / "config.json") for part in (denoiser, "vae")}
@@ -133,6 +133,7 @@ def _empty_tiny(run: Config, latent_channels: int) -> Any:
     with told(str(run.tiny_vae), "--tiny-vae", "a folder with its config.json"):
         shape = _read(config) if config.is_file() else {"latent_channels": latent_channels}
         tiny = _on_meta(diffusers.AutoencoderTiny, shape, torch.float32).requires_grad_(False)
+    check_channels(tiny, latent_channels, f"--tiny-vae {run.tiny_vae}")
     if run.gradient_checkpointing:
         tiny.enable_gradient_checkpointing()
     return tiny
