@@ -109,3 +109,18 @@ def test_a_pipeline_folder(folders: dict[str, Path], prompts_file: Path, tmp_pat
     state = {key: value.float() for key, value in load_file(file).items()}
     found = tiny_runs.weights(run, 1)
     assert tiny_runs.equal({key: state[key] for key in found}, found)
+
+
+def test_the_generator_of_a_run_keeps_the_buffers_of_the_model(
+    folders: dict[str, Path], prompts_file: Path, tmp_path: Path
+) -> None:
+    """SD3's table of positions is a buffer, which no checkpoint has."""
+    flags = "--learning-rate-gen 1e-3 --max-train-steps 1 --cold-start-iter 1 --text-length 24"
+    run = tiny_runs.train(tmp_path, "run", flags, model=folders["sd3"], prompts=prompts_file)
+    family = load_family("sd3", str(folders["sd3"]))
+    net = family.load(torch.float32)
+    buffers = {name: tensor.clone() for name, tensor in net.named_buffers()}
+    load_generator_weights(family, net, str(tiny_runs.record(run, 1)), "accelerator_1")
+    assert buffers.keys() >= {"pos_embed.pos_embed"}
+    assert tiny_runs.equal(buffers, dict(net.named_buffers()))
+    assert tiny_runs.equal(dict(net.named_parameters()), tiny_runs.weights(run, 1))

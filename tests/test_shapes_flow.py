@@ -103,7 +103,10 @@ def test_every_leg_goes_on_from_the_one_before(tmp_path: Path, monkeypatch: pyte
 def test_a_checkpoint_of_parameters_alone_is_installed_with_the_buffers_of_its_configuration(tmp_path: Path) -> None:
     """SD3's table of positions is a buffer: no checkpoint has it."""
     torch.manual_seed(0)
-    trained, folder = new_transformer(FlowRecipe("sd3", 0, width=16, heads=2, layers=1), 16, 16), tmp_path / "transformer"
+    trained, folder = (
+        new_transformer(FlowRecipe("sd3", 0, width=16, heads=2, layers=1), 16, 16),
+        tmp_path / "transformer",
+    )
     new_transformer(FlowRecipe("sd3", 1, width=16, heads=2, layers=1), 16, 16).save_pretrained(folder)
     parameters = {name: parameter.detach() for name, parameter in trained.named_parameters()}
     assert parameters.keys() < trained.state_dict().keys()
