@@ -33,6 +33,8 @@ MAX_HEADER_BYTES = 1 << 20
 ALIGN = 64
 CHUNK = 1 << 20  # elements
 UNKNOWN = 1 << 60  # a size that is not known yet; no real one has more digits
+# What garbage makes the parsers raise.
+GARBAGE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 
 
 class Mapped:
@@ -46,7 +48,7 @@ class Mapped:
             self.arrays, self.metadata = self._parse()
         except OSError as error:
             raise Damaged(f"{path}: cannot be read ({error.strerror})") from None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:  # whatever garbage makes the parsers raise
+        except GARBAGE as error:
             raise Damaged(f"{path}: is not whole, or not of this toolkit ({error})") from None
 
     def _parse(self) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -55,6 +57,8 @@ class Mapped:
             raise ValueError("no header")
         header = json.loads(self.map[8 : 8 + size])
         metadata = header.pop("__metadata__", {})
+        if not isinstance(metadata, dict):
+            raise TypeError("no metadata")
         arrays, end = {}, 8 + size
         for name, entry in header.items():
             first, last = (8 + size + offset for offset in entry["data_offsets"])
@@ -65,6 +69,15 @@ class Mapped:
         if end != len(self.map):
             raise ValueError(f"{len(self.map)} bytes of {end}")
         return arrays, metadata
+
+    def require(self, wanted: Mapping[str, tuple[np.dtype, int | None]]) -> None:
+        """Raise Damaged unless these vectors (dtype, elements; None: any number) are here."""
+        for name, (dtype, count) in wanted.items():
+            if name not in self.arrays:
+                raise Damaged(f"{self.path}: holds no {name}")
+            array = self.arrays[name]
+            if array.dtype != dtype or array.ndim != 1 or count not in (None, len(array)):
+                raise Damaged(f"{self.path}: its {name} are of another type or number")
 
     def release(self) -> None:
         """Give the pages back that were looked at."""
