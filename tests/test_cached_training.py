@@ -11,8 +11,9 @@ import pytest
 import tiny
 import torch
 from caches import flip
+from tiny_runs import record
 
-from train_t2i import build, cache, student
+from train_t2i import build, cache, storage, student
 from train_t2i.config import Config
 from train_t2i.errors import EXIT_USER
 from train_t2i.families import load_family
@@ -145,6 +146,27 @@ def test_a_damaged_shard_stops_the_run_in_one_line(trainer, make) -> None:
         flip(shard, -5000)
     ended = trainer.ends("a", f"--prompt-cache {folder} --max-train-steps 40 --batch-size 4")
     refused(ended, "is damaged", "run the cache command again")
+
+
+def test_a_run_is_not_continued_on_data_of_another_length(trainer, make, monkeypatch) -> None:
+    """Its samples would come in another order: refused before models load; a stage from another run is free to."""
+    run = trainer.run("run", "--batch-size 1 --max-train-steps 1")
+    fewer = f"--batch-size 1 --prompt-cache {make('--max-size 3')}"
+    with monkeypatch.context() as patched:
+        patched.setattr(build, "build_family", None)
+        ended = trainer.ends("run", f"{fewer} --auto-resume")
+    refused(ended, "its data had 40 rows, now 3", "--prompt-cache", "new --exp-name")
+    assert "; 3 rows" in (trainer.run("stage", f"{fewer} --resume-ckpt {record(run, 1)}") / "log.txt").read_text()
+    trainer.run("run", f"--batch-size 1 --prompt-cache {make(name='all')} --auto-resume")
+
+
+def test_a_record_of_an_older_version_does_not_tell_its_rows(trainer, make) -> None:
+    run = trainer.run("run", "--batch-size 1 --max-train-steps 1")
+    older = storage.read_record(record(run, 1))
+    assert older.pop("rows") == 40
+    rest = {name: value for name, value in older.items() if name not in ("version", "step", "manifest")}
+    record(run, 1).write_bytes(storage.seal(1, older["manifest"], rest))
+    trainer.run("run", f"--batch-size 1 --prompt-cache {make('--max-size 3')} --auto-resume")
 
 
 # -- the key ---------------------------------------------------------------------------------------------------------
