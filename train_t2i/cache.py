@@ -156,10 +156,15 @@ def check_folder(job: Job) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path, share: Share) -> Iterator[None]:
-    """One launch a folder: its main process holds the lock."""
+    """One launch a folder: its main process holds the lock.
+
+    The others of a launch that is refused may get to work before they are ended: they harm nobody's files.
+    """
     from train_t2i import storage
+    from train_t2i.mapped import sweep
 
     storage.make_folder(folder)
+    sweep(folder)
     if not share.is_main:
         yield
         return

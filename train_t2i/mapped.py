@@ -10,7 +10,11 @@ import contextlib
 import json
 import mmap
 import os
+import re
+import secrets
+import socket
 import tempfile
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -33,6 +37,7 @@ MAX_HEADER_BYTES = 1 << 20
 ALIGN = 64
 CHUNK = 1 << 20  # elements
 UNKNOWN = 1 << 60  # a size that is not known yet; no real one has more digits
+LEFT_FOR_S = 24 * 3600  # from then on a temporary file that nobody has written to is nobody's; a batch takes minutes
 # What garbage makes the parsers raise.
 GARBAGE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 
@@ -106,16 +111,32 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping
                 file.write(array[first : first + CHUNK].tobytes())
 
 
+def here() -> str:
+    """Where a process's number means this process: host and, since containers may share its name, their space of numbers."""
+    return f"{socket.gethostname()}-{Path('/proc/self/ns/pid').stat().st_ino}"
+
+
+def sweep(folder: Path) -> None:
+    """Remove the temporary files of ``replacing`` that nobody writes any more: killed processes leave them.
+
+    Of this host those of dead processes, of others (who cannot be asked) those that were not written to for a day.
+    """
+    ours = re.compile(rf"\..+\.{re.escape(here())}\.(\d+)\.\w+\.tmp")
+    for left in folder.glob(".*.tmp"):
+        owner = ours.fullmatch(left.name)
+        with contextlib.suppress(OSError):  # another process sweeps as well, or it is another user's
+            if (owner and not storage.alive(int(owner[1]))) or time.time() - left.stat().st_mtime > LEFT_FOR_S:
+                left.unlink()
+
+
 class replacing:
-    """A new file under a temporary name, which becomes ``path`` at once and durably when all went well."""
+    """A new file under a temporary name of its own, which becomes ``path`` at once and durably when all went well."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        self.temporary = path.with_name(f".{path.name}.{here()}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
 
     def __enter__(self) -> BinaryIO:
-        for left in self.path.parent.glob(f".{self.path.name}.*.tmp"):  # by a process that was killed
-            left.unlink(missing_ok=True)
         storage.before("write", self.temporary)
         self.file = self.temporary.open("wb")
         return self.file
