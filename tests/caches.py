@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor
 
 from train_t2i.families.base import Cond
+from train_t2i.mapped import replacing
 
 
 class FakeText:
@@ -59,3 +62,14 @@ def flip(path: Path, at: int) -> None:
     data = bytearray(path.read_bytes())
     data[at] ^= 1
     path.write_bytes(data)
+
+
+def left_by_a_dead_process(path: Path) -> None:
+    """A child is killed while it writes the file, as by kill -9."""
+    child = os.fork()
+    if child == 0:
+        with replacing(path) as file:
+            file.write(b"half")
+            file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from caches import FakeText, files_of
+from caches import FakeText, files_of, left_by_a_dead_process
 from safetensors.torch import load_file
 
 from train_t2i import build, cache, storage
@@ -23,6 +23,7 @@ from train_t2i.__main__ import main
 from train_t2i.errors import EXIT_DISK, EXIT_DONE, EXIT_LOCKED, EXIT_PREEMPTED, EXIT_USER, UserError
 from train_t2i.families import load_family
 from train_t2i.families.base import Cond
+from train_t2i.mapped import replacing
 from train_t2i.prompt_cache import PromptCache
 
 FLAGS = "--mixed-precision no --shard-size 8 --batch-size 3"
@@ -222,7 +223,9 @@ def test_a_killed_run_goes_on_with_the_same_command(make, whole, tmp_path, one_t
     assert {name: (out / name).stat().st_mtime_ns for name in done} == done
 
 
-def test_a_run_that_is_killed_in_the_middle_of_a_shard_leaves_no_half_of_it(make, whole, tmp_path, monkeypatch) -> None:
+def test_a_run_that_is_killed_in_the_middle_of_a_shard_leaves_no_half_of_it(
+    make, whole, tmp_path, monkeypatch, one_thread_before_a_fork
+) -> None:
     out, write = tmp_path / "out", cache.write_rows
     batches = iter(range(100))
 
@@ -237,7 +240,8 @@ def test_a_run_that_is_killed_in_the_middle_of_a_shard_leaves_no_half_of_it(make
     assert {path.name for path in out.iterdir()} == {
         ".lock", "cache.json", "empty.safetensors", "index.safetensors", "shard-00000.safetensors",
     }  # fmt: skip
-    (out / ".shard-00001.safetensors.4.tmp").write_text("of a process that was killed")
+    left_by_a_dead_process(out / "shard-00001.safetensors")
+    assert len(list(out.glob(".*.tmp"))) == 1
     assert make(out)[0] == EXIT_DONE
     assert files_of(out) == files_of(whole)
 
@@ -289,6 +293,18 @@ def test_two_launches_in_one_folder(make: Make, tmp_path: Path) -> None:
         one_line(make(tmp_path / "out"), "in use by another run", "choose another --out", code=EXIT_LOCKED)
     finally:
         storage.release_lock(held)
+
+
+def test_the_other_processes_of_a_launch_that_is_refused_disturb_nobody(make, whole, tmp_path) -> None:
+    """They hold no lock, and may be at the shard that the first launch is at."""
+    out, shard = tmp_path / "out", (whole / "shard-00001.safetensors").read_bytes()
+    out.mkdir()
+    with replacing(out / "shard-00001.safetensors") as first:
+        first.write(shard[:100])
+        assert make(out, rank=1, world=2)[0] == EXIT_DONE
+        first.write(shard[100:])
+    assert make(out)[0] == EXIT_DONE
+    assert files_of(out) == files_of(whole)
 
 
 @pytest.mark.parametrize("operation", ["write", "rename", "mkdir"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import shutil
@@ -11,10 +12,12 @@ import pytest
 import tiny
 import torch
 from caches import flip
+from diffusers import StableDiffusionXLPipeline
+from tiny_runs import record
 
-from train_t2i import build, cache, student
+from train_t2i import build, cache, storage, student
 from train_t2i.config import Config
-from train_t2i.errors import EXIT_USER
+from train_t2i.errors import EXIT_USER, UserError
 from train_t2i.families import load_family
 from train_t2i.families.sdxl import SDXL
 from train_t2i.prompt_cache import CachedText
@@ -147,6 +150,27 @@ def test_a_damaged_shard_stops_the_run_in_one_line(trainer, make) -> None:
     refused(ended, "is damaged", "run the cache command again")
 
 
+def test_a_run_is_not_continued_on_data_of_another_length(trainer, make, monkeypatch) -> None:
+    """Its samples would come in another order: refused before models load; a stage from another run is free to."""
+    run = trainer.run("run", "--batch-size 1 --max-train-steps 1")
+    fewer = f"--batch-size 1 --prompt-cache {make('--max-size 3')}"
+    with monkeypatch.context() as patched:
+        patched.setattr(build, "build_family", None)
+        ended = trainer.ends("run", f"{fewer} --auto-resume")
+    refused(ended, "its data had 40 rows, now 3", "--prompt-cache", "new --exp-name")
+    assert "; 3 rows" in (trainer.run("stage", f"{fewer} --resume-ckpt {record(run, 1)}") / "log.txt").read_text()
+    trainer.run("run", f"--batch-size 1 --prompt-cache {make(name='all')} --auto-resume")
+
+
+def test_a_record_of_an_older_version_does_not_tell_its_rows(trainer, make) -> None:
+    run = trainer.run("run", "--batch-size 1 --max-train-steps 1")
+    older = storage.read_record(record(run, 1))
+    assert older.pop("rows") == 40
+    rest = {name: value for name, value in older.items() if name not in ("version", "step", "manifest")}
+    record(run, 1).write_bytes(storage.seal(1, older["manifest"], rest))
+    trainer.run("run", f"--batch-size 1 --prompt-cache {make('--max-size 3')} --auto-resume")
+
+
 # -- the key ---------------------------------------------------------------------------------------------------------
 
 
@@ -179,6 +203,50 @@ def test_encoders_are_told_by_their_numbers(sdxl_folder, sdxl_folder_3, tmp_path
     shutil.rmtree(copy / "text_encoder_2")
     assert encoder_digest(str(copy)) is None
     assert encoder_digest("nobody/no-such-model") is None
+
+
+def edited(path: Path, **changes: object) -> None:
+    """Settings written in another order and form."""
+    settings = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(dict(reversed({**settings, **changes}.items()))))
+
+
+def test_encoders_are_told_by_their_settings(sdxl_folder, tmp_path) -> None:
+    """By each that decides an embedding, and by nothing that only tells who saved them."""
+    digest, copy = encoder_digest(str(sdxl_folder)), tmp_path / "copy"
+    shutil.copytree(sdxl_folder, copy)
+    for name, change in (
+        ("text_encoder/config.json", {"hidden_act": "gelu"}),
+        ("text_encoder_2/config.json", {"layer_norm_eps": 1e-6}),
+        ("text_encoder_2/config.json", {"text_config": {"rope_scaling": {"type": "mrope"}}}),
+        ("tokenizer/tokenizer_config.json", {"pad_token": "!"}),
+        ("tokenizer_2/tokenizer_config.json", {"model_max_length": 76}),
+        ("tokenizer_2/special_tokens_map.json", {"pad_token": "!"}),
+    ):
+        edited(copy / name, **change)
+        assert encoder_digest(str(copy)) not in (None, digest), name
+        (copy / name).unlink()
+        if (sdxl_folder / name).exists():
+            shutil.copy(sdxl_folder / name, copy / name)
+    who = {"transformers_version": "4.40.0", "_name_or_path": "me", "torch_dtype": "float16", "architectures": ["A"]}
+    edited(copy / "text_encoder" / "config.json", **who, _diffusers_version="0.20.0")
+    edited(copy / "tokenizer" / "tokenizer_config.json", name_or_path="me", is_local=True, chat_template="{{ a }}")
+    assert encoder_digest(str(copy)) == digest
+    digests = set()
+    for told in ({}, who):  # of a part of a model
+        edited(copy / "text_encoder_2" / "config.json", text_config={"hidden_size": 24, **told}, parts=[told])
+        digests.add(encoder_digest(str(copy)))
+    assert len(digests) == 1
+    (copy / "text_encoder" / "config.json").write_text('{"hidden_act": ')
+    with pytest.raises(UserError, match=r"copy: cannot be read .*get it again"):
+        encoder_digest(str(copy))
+
+
+def test_a_model_that_is_loaded_and_saved_again_is_the_same(sdxl_folder, tmp_path) -> None:
+    StableDiffusionXLPipeline.from_pretrained(sdxl_folder).save_pretrained(tmp_path / "again")
+    files = [path.relative_to(sdxl_folder) for path in sdxl_folder.glob("t*/*.json")]
+    assert any((sdxl_folder / name).read_bytes() != (tmp_path / "again" / name).read_bytes() for name in files)
+    assert encoder_digest(str(tmp_path / "again")) == encoder_digest(str(sdxl_folder))
 
 
 def test_a_model_without_its_encoders_trains_from_a_cache(trainer, make, sdxl_folder, tmp_path) -> None:

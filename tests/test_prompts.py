@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import builtins
+import contextlib
+import errno
+import gc
 import json
+import os
+import resource
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +59,22 @@ def test_several_files_are_one_sequence(folder: Path) -> None:
 def test_a_name_that_is_there_is_taken_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "a,b[1].txt").write_text("mine\n")
     assert list(load_prompts(tmp_path / "a,b[1].txt")) == ["mine"]
+
+
+def test_a_list_that_is_longer_than_a_name_may_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """14 files in this folder, 320 letters without a slash; a glob and the name of a hub as well."""
+    monkeypatch.chdir(tmp_path)
+    names = [f"prompts-part-{i:05d}.txt" for i in range(14)]
+    for i, name in enumerate(names):
+        Path(name).write_text(f"prompt {i}\n")
+    assert list(load_prompts(",".join(names))) == [f"prompt {i}" for i in range(14)]
+    with pytest.raises(OSError, match="File name too long"):
+        Path(",".join(names)).exists()
+    long = "a" * 300
+    refused(long, f"cannot read {long}: File name too long")
+    refused(f"{names[0]},{long}.csv", f"cannot read {long}.csv: File name too long")
+    refused(f"{long}*", "no file of such a name")
+    assert prompts.places(f"{long}/b") == [hub.Dataset(f"{long}/b")]
 
 
 def test_sources_that_name_nothing(folder: Path) -> None:
@@ -111,6 +133,7 @@ def test_a_table_may_change_once_it_was_copied(folder: Path) -> None:
 def test_no_descriptor_and_no_file_is_left(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "tmp").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(folder / "tmp"))
+    gc.collect()  # what earlier tests left open
     before = {path.name for path in Path("/proc/self/fd").iterdir()}
     store = load_prompts(folder)
     assert store[0]
@@ -119,14 +142,64 @@ def test_no_descriptor_and_no_file_is_left(folder: Path, monkeypatch: pytest.Mon
     assert {path.name for path in Path("/proc/self/fd").iterdir()} == before
 
 
-def test_a_full_disk_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(prompts._Notes, "add", full)
-    with pytest.raises(UserError, match=r"index cannot be written.*No space left.*TMPDIR") as told:
-        load_prompts(folder)
+@pytest.mark.parametrize("name", ["b.txt", "a.csv"])
+def test_a_full_disk_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda: open("/dev/full", "w+b"))  # noqa: SIM115
+    with pytest.raises(UserError, match=rf"{name}: its index cannot be written.*No space left.*TMPDIR") as told:
+        load_prompts(folder / name)
     assert told.value.exit_code == EXIT_DISK
+
+
+@pytest.mark.parametrize("rows", [1, 2000])
+def test_a_disk_that_is_full_of_the_prompts_themselves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int
+) -> None:
+    """What a table holds is copied: told when it is written, or when the last of it leaves its buffer."""
+    (tmp_path / "a.csv").write_text("prompt\n" + "three words and more\n" * rows)
+    made = tempfile.TemporaryFile
+    files = iter([made(), made(), open("/dev/full", "w+b")])  # noqa: SIM115 - two of notes, one of prompts
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda: next(files))
+    with pytest.raises(UserError, match=r"a\.csv: its index cannot be written.*No space left"):
+        load_prompts(tmp_path / "a.csv")
+
+
+def test_a_disk_that_cannot_be_read_is_not_a_full_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(prompts, "sound_blocks", broken)
+    refused(folder / "b.txt", "b.txt: cannot be read (Input/output error)")
+    monkeypatch.setattr(Path, "iterdir", broken)
+    refused(folder, f"{folder}: cannot be read (Input/output error)")
+
+
+@contextlib.contextmanager
+def room_for(descriptors: int) -> Iterator[None]:
+    """No more may be opened than so many."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.ExitStack() as stack:
+        resource.setrlimit(
+            resource.RLIMIT_NOFILE, (max(int(fd.name) for fd in Path("/proc/self/fd").iterdir()) + 80, hard)
+        )
+        stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        taken = []
+        with contextlib.suppress(OSError):
+            while True:
+                taken.append(stack.enter_context(open("/dev/null")))
+        for file in taken[:descriptors]:
+            file.close()
+        yield
+
+
+@pytest.mark.parametrize("descriptors", [50, 1])
+def test_more_files_than_may_be_open(tmp_path: Path, descriptors: int) -> None:
+    """Each holds two; where even the temporary files cannot be made, it is not for want of room on a disk."""
+    for i in range(40):
+        (tmp_path / f"{i:02d}.txt").write_text(f"prompt {i}\n")
+    assert len(load_prompts(tmp_path)) == 40
+    with room_for(descriptors):
+        told = refused(tmp_path, ".txt: cannot be read (Too many open files)")
+    assert "ulimit -n" in told.hint
 
 
 @pytest.mark.parametrize("at_once", [1, 3, 1000])

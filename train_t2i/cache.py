@@ -135,7 +135,7 @@ def prepare(config: CacheConfig, folder: Path, run: Config, share: Share) -> Job
 
 def check_folder(job: Job) -> None:
     """Raise a UserError where the folder was begun with anything else; the main process begins it where nobody has."""
-    from train_t2i.mapped import replacing, write_arrays
+    from train_t2i.mapped import replacing
     from train_t2i.prompt_cache import INDEX, KEY, PROMPTS, RECORD, read_record
 
     if (job.folder / RECORD).exists():
@@ -151,15 +151,20 @@ def check_folder(job: Job) -> None:
         with replacing(job.folder / RECORD) as file:
             file.write((json.dumps(job.record, indent=1, ensure_ascii=False) + "\n").encode())
     if job.share.is_main and not (job.folder / INDEX).exists():
-        write_arrays(job.folder / INDEX, job.index.arrays(), {"digest": job.index.digest})
+        job.index.write(job.folder / INDEX)
 
 
 @contextlib.contextmanager
 def locked(folder: Path, share: Share) -> Iterator[None]:
-    """One launch a folder: its main process holds the lock."""
+    """One launch a folder: its main process holds the lock.
+
+    The others of a launch that is refused may get to work before they are ended: they harm nobody's files.
+    """
     from train_t2i import storage
+    from train_t2i.mapped import sweep
 
     storage.make_folder(folder)
+    sweep(folder)
     if not share.is_main:
         yield
         return

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -43,7 +44,8 @@ class Dataset:
 def looks_like_one(text: str) -> bool:
     """ORG/NAME, perhaps with a split and a column, where no folder ORG is here."""
     name = text.split(":")[0]
-    return bool(NAME.fullmatch(name)) and not Path(name).suffix and not Path(name).parent.exists()
+    there = os.path.exists(os.path.dirname(name))  # noqa: PTH110, PTH120 - pathlib raises where a name is too long
+    return bool(NAME.fullmatch(name)) and not Path(name).suffix and not there
 
 
 def prompts(dataset: Dataset) -> Iterator[str]:

@@ -10,7 +10,11 @@ import contextlib
 import json
 import mmap
 import os
+import re
+import secrets
+import socket
 import tempfile
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -33,6 +37,9 @@ MAX_HEADER_BYTES = 1 << 20
 ALIGN = 64
 CHUNK = 1 << 20  # elements
 UNKNOWN = 1 << 60  # a size that is not known yet; no real one has more digits
+LEFT_FOR_S = 24 * 3600  # from then on a temporary file that nobody has written to is nobody's; a batch takes minutes
+# What garbage makes the parsers raise.
+GARBAGE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 
 
 class Mapped:
@@ -46,7 +53,7 @@ class Mapped:
             self.arrays, self.metadata = self._parse()
         except OSError as error:
             raise Damaged(f"{path}: cannot be read ({error.strerror})") from None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:  # whatever garbage makes the parsers raise
+        except GARBAGE as error:
             raise Damaged(f"{path}: is not whole, or not of this toolkit ({error})") from None
 
     def _parse(self) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -55,6 +62,8 @@ class Mapped:
             raise ValueError("no header")
         header = json.loads(self.map[8 : 8 + size])
         metadata = header.pop("__metadata__", {})
+        if not isinstance(metadata, dict):
+            raise TypeError("no metadata")
         arrays, end = {}, 8 + size
         for name, entry in header.items():
             first, last = (8 + size + offset for offset in entry["data_offsets"])
@@ -65,6 +74,15 @@ class Mapped:
         if end != len(self.map):
             raise ValueError(f"{len(self.map)} bytes of {end}")
         return arrays, metadata
+
+    def require(self, wanted: Mapping[str, tuple[np.dtype, int | None]]) -> None:
+        """Raise Damaged unless these vectors (dtype, elements; None: any number) are here."""
+        for name, (dtype, count) in wanted.items():
+            if name not in self.arrays:
+                raise Damaged(f"{self.path}: holds no {name}")
+            array = self.arrays[name]
+            if array.dtype != dtype or array.ndim != 1 or count not in (None, len(array)):
+                raise Damaged(f"{self.path}: its {name} are of another type or number")
 
     def release(self) -> None:
         """Give the pages back that were looked at."""
@@ -93,16 +111,32 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping
                 file.write(array[first : first + CHUNK].tobytes())
 
 
+def here() -> str:
+    """Where a process's number means this process: host and, since containers may share its name, their space of numbers."""
+    return f"{socket.gethostname()}-{Path('/proc/self/ns/pid').stat().st_ino}"
+
+
+def sweep(folder: Path) -> None:
+    """Remove the temporary files of ``replacing`` that nobody writes any more: killed processes leave them.
+
+    Of this host those of dead processes, of others (who cannot be asked) those that were not written to for a day.
+    """
+    ours = re.compile(rf"\..+\.{re.escape(here())}\.(\d+)\.\w+\.tmp")
+    for left in folder.glob(".*.tmp"):
+        owner = ours.fullmatch(left.name)
+        with contextlib.suppress(OSError):  # another process sweeps as well, or it is another user's
+            if (owner and not storage.alive(int(owner[1]))) or time.time() - left.stat().st_mtime > LEFT_FOR_S:
+                left.unlink()
+
+
 class replacing:
-    """A new file under a temporary name, which becomes ``path`` at once and durably when all went well."""
+    """A new file under a temporary name of its own, which becomes ``path`` at once and durably when all went well."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        self.temporary = path.with_name(f".{path.name}.{here()}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
 
     def __enter__(self) -> BinaryIO:
-        for left in self.path.parent.glob(f".{self.path.name}.*.tmp"):  # by a process that was killed
-            left.unlink(missing_ok=True)
         storage.before("write", self.temporary)
         self.file = self.temporary.open("wb")
         return self.file

@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 
 STORES = ("native", "bf16", "fp8")
+ENCODER_DTYPES = ("float32", "float16", "bfloat16")
+MAX_WIDTH = 1 << 20  # of a token or pooled; those of real encoders have five digits at most
 FP8_MAX = 448.0
 LEVEL = 1  # of zstd: higher ones gain nothing here, and are slower
 BITS = {1: (torch.uint8, np.uint8), 2: (torch.int16, np.uint16), 4: (torch.int32, np.uint32)}
@@ -33,9 +35,16 @@ class Layout:
     """What all embeddings of a cache have in common."""
 
     store: str  # STORES
-    dtype: str  # the encoder's, and that of what is read: float32, float16, bfloat16
+    dtype: str  # the encoder's, and that of what is read: ENCODER_DTYPES
     width: int  # D
     pooled: int  # P; 0: none
+
+    @property
+    def sound(self) -> bool:
+        """Whether it can be one that was written."""
+        widths = (self.width, self.pooled)
+        whole = all(isinstance(width, int) and 0 <= width <= MAX_WIDTH for width in widths) and self.width > 0
+        return whole and self.store in STORES and self.dtype in ENCODER_DTYPES
 
     @property
     def read_dtype(self) -> torch.dtype:
@@ -80,7 +89,10 @@ def pack(layout: Layout, tokens: Tensor, pooled: Tensor | None) -> bytes:
 
 
 def unpack(layout: Layout, blob: bytes, length: int) -> tuple[Tensor, Tensor | None]:
-    """The reverse: tokens (L, D) and pooled (P,) in the encoder's dtype."""
+    """The reverse: tokens (L, D) and pooled (P,) in the encoder's dtype.
+
+    Raises OSError or ValueError for bytes of another layout or length.
+    """
     data = np.frombuffer(_codec().decompress(blob, layout.raw_bytes(length), asbytes=True), np.uint8)
     scales, pooled, at = None, None, 0
     if layout.store == "fp8":

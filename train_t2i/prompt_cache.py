@@ -29,8 +29,8 @@ from torch import Tensor
 from train_t2i.errors import UserError
 from train_t2i.families.base import Cond
 from train_t2i.mapped import Mapped, ShardWriter
-from train_t2i.packing import STORES, Layout, pack, unpack
-from train_t2i.prompt_index import halves
+from train_t2i.packing import Layout, pack, unpack
+from train_t2i.prompt_index import StoredIndex, halves
 from train_t2i.storage import Damaged
 
 VERSION = 1
@@ -80,12 +80,8 @@ class PromptCache:
             )
         self._shards: OrderedDict[str, Mapped] = OrderedDict()
         with told_of_damage():
-            self.index = Mapped(self.folder / INDEX)
-            same = self.index.metadata.get("digest") == self.record[PROMPTS]["digest"]
-            if not same or len(self.index.arrays["entries"]) != self.unique:
-                raise Damaged(f"{self.index.path}: is of other prompts")
-        empty = self._shard(EMPTY)
-        self.layout = layout_of(empty)
+            self.index = StoredIndex(self.folder / INDEX, self.record[PROMPTS]["digest"], self.unique)
+            self.layout = layout_of(self._shard(EMPTY))
 
     @property
     def max_size(self) -> int:
@@ -94,24 +90,20 @@ class PromptCache:
 
     def __len__(self) -> int:
         """Prompts, duplicates counted."""
-        return len(self.index.arrays["samples"])
+        return len(self.index)
 
     def __getitem__(self, row: int) -> Embedding:
         """The embedding of a row of the data, in the order of its file."""
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of {len(self)}")
-        return self.read(int(self.index.arrays["samples"][row]))
+        with told_of_damage():
+            entry = self.index.entry_of(row)
+        return self.read(entry)
 
     def find(self, text: str) -> int | None:
         """The entry of a text."""
-        high, low = halves(text)
-        arrays = self.index.arrays
-        at = int(np.searchsorted(arrays["high"], np.uint64(high)))
-        while at < self.unique and int(arrays["high"][at]) == high:
-            if int(arrays["low"][at]) == low:
-                return int(arrays["entries"][at])
-            at += 1
-        return None
+        with told_of_damage():
+            return self.index.find(text)
 
     def need(self, texts: Sequence[str]) -> None:
         """Raise a UserError that names the first text that is not here."""
@@ -121,6 +113,8 @@ class PromptCache:
             raise self._absent(missing, len(texts))
 
     def _absent(self, missing: Sequence[str], of: int) -> UserError:
+        with told_of_damage():
+            self.index.check()  # before its reader is told that it was never there
         return UserError(
             f"--prompt-cache {self.folder}: {len(missing)} of {of} prompts are not in it, first {missing[0][:200]!r}",
             "make a cache that holds them: the cache command takes several files (--data-path-train A,B)",
@@ -147,24 +141,32 @@ class PromptCache:
         with told_of_damage():
             shard = self._shard(name)
             arrays = shard.arrays
+            if row >= len(arrays["lengths"]):
+                raise Damaged(f"{shard.path}: holds no entry {row}")
             length, owner = int(arrays["lengths"][row]), int(arrays["prompts"][row])
             first, last = int(arrays["offsets"][row]), int(arrays["offsets"][row + 1])
             blob = arrays["payload"][first:last].tobytes()
-            sound = int(arrays["digests"][row]) == digest_of(blob, length, owner)
+            sound = length >= 0 and int(arrays["digests"][row]) == digest_of(blob, length, owner)
             shard.release()
             if not sound:
                 raise Damaged(f"{shard.path}: its entry {row} is damaged")
             if prompt not in (None, owner):
                 raise Damaged(f"{self.index.path} or {shard.path}: entry {row} is of another prompt")
-            return unpack(self.layout, blob, length)
+            try:
+                return unpack(self.layout, blob, length)
+            except (OSError, ValueError):  # its bytes are sound
+                raise Damaged(f"{shard.path}: its entries are of another layout than it says") from None
 
     def _shard(self, name: str) -> Mapped:
         if name not in self._shards:
             shard = Mapped(self.folder / name)
             if shard.metadata.get("cache") != cache_digest(self.record) or shard.metadata.get("name") != name:
                 raise Damaged(f"{shard.path}: is of another cache, or another of its files")
-            if missing := {"offsets", "payload", *TABLES} - shard.arrays.keys():
-                raise Damaged(f"{shard.path}: holds no {sorted(missing)[0]}")
+            if name != EMPTY and layout_of(shard) != self.layout:
+                raise Damaged(f"{self.folder / EMPTY} or {shard.path}: they say different layouts")
+            count = shard.arrays["lengths"].size if "lengths" in shard.arrays else 0
+            tables = {table: (dtype, count) for table, dtype in TABLES.items()}
+            shard.require({**tables, "offsets": (np.dtype("<i8"), count + 1), "payload": (np.dtype("u1"), None)})
             self._shards[name] = shard
             if len(self._shards) > OPEN_SHARDS:
                 self._shards.popitem(last=False)
@@ -192,12 +194,17 @@ def read_record(folder: Path) -> dict[str, Any]:
         ) from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error})", "make the cache in another --out") from None
-    wanted = {"version": int, "shard_size": int, KEY: dict, PROMPTS: dict}
-    if not isinstance(record, dict) or any(not isinstance(record.get(name), kind) for name, kind in wanted.items()):
+    told = {"version": int, "shard_size": int, KEY: dict, PROMPTS: dict}
+    of_prompts = {"unique": int, "digest": str, "max_size": int}
+    if not (_holds(record, told) and _holds(record[PROMPTS], of_prompts) and record["shard_size"] > 0):
         raise UserError(f"{path}: not the record of a prompt cache", "make the cache in another --out")
     if record["version"] > VERSION:
         raise UserError(f"{path}: written by a newer version of this toolkit", "update the toolkit")
     return record
+
+
+def _holds(value: Any, wanted: Mapping[str, type]) -> bool:
+    return isinstance(value, dict) and all(isinstance(value.get(name), kind) for name, kind in wanted.items())
 
 
 def check_key(cache: PromptCache, now: Mapping[str, Any]) -> str:
@@ -235,12 +242,14 @@ def cache_digest(record: Mapping[str, Any]) -> str:
 
 
 def layout_of(shard: Mapped) -> Layout:
+    """Raises Damaged."""
     try:
         layout = Layout(**json.loads(shard.metadata["layout"]))
-        assert layout.store in STORES
-        return layout
-    except (KeyError, ValueError, TypeError, AssertionError):
-        raise UserError(f"{shard.path}: does not say what its embeddings are", REPAIR) from None
+        if layout.sound:
+            return layout
+    except (KeyError, ValueError, TypeError):
+        pass  # as one that cannot be
+    raise Damaged(f"{shard.path}: does not say what its embeddings are")
 
 
 # ==== in place of text encoders =====================================================================================

@@ -4,22 +4,31 @@
     high, low U64 (U,) the halves of the texts' xxh3_128, in ascending order
     entries   U32 (U,) the entries of those
 
-Memory does not grow with the prompts: all of it is mapped, and sorted a share at a time.
+Memory does not grow with the prompts: all of it is mapped, and sorted a share at a time.  The file says of what prompts it is
+and what the digest of its tables is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xxhash
 
-from train_t2i.mapped import Scratch, release
+from train_t2i.mapped import Mapped, Scratch, release, write_arrays
+from train_t2i.storage import Damaged
 
 ROWS_AT_ONCE = 1 << 14
 SHARE = 1 << 20  # rows that are sorted at once
 MASK_64 = (1 << 64) - 1
+TABLES: dict[str, np.dtype[Any]] = {
+    "high": np.dtype("<u8"), "low": np.dtype("<u8"), "samples": np.dtype("<u4"), "entries": np.dtype("<u4"),
+}  # fmt: skip
+PROMPTS_DIGEST, TABLES_DIGEST = "digest", "tables"  # in the file's metadata
 
 
 def halves(text: str) -> tuple[int, int]:
@@ -43,8 +52,10 @@ class Index:
     def unique(self) -> int:
         return len(self.entries)
 
-    def arrays(self) -> dict[str, np.ndarray]:
-        return {"high": self.high, "low": self.low, "samples": self.samples, "entries": self.entries}
+    def write(self, path: Path) -> None:
+        """Raises OSError."""
+        tables = {name: getattr(self, name) for name in TABLES}
+        write_arrays(path, tables, {PROMPTS_DIGEST: self.digest, TABLES_DIGEST: digest_of(tables)})
 
     def first_rows(self, size: int) -> Iterator[np.ndarray]:
         """The rows where the entries 0 ... size - 1 first appear, then those of the next ``size``, and so on."""
@@ -80,6 +91,15 @@ def build(prompts: Sequence[str], rows: range) -> Index:
         entries[first : min(first + SHARE, unique)] = samples[entries[first : min(first + SHARE, unique)]]
     release(parts)
     return Index(samples, high[:unique], low[:unique], entries[:unique], digest, tuple(parts[2:]))
+
+
+def digest_of(tables: Mapping[str, np.ndarray]) -> str:
+    """xxh3_128 of all their bytes."""
+    whole = xxhash.xxh3_128()
+    for name in TABLES:
+        for first in range(0, len(tables[name]), SHARE):
+            whole.update(tables[name][first : first + SHARE].tobytes())
+    return whole.hexdigest()
 
 
 def _hash_all(prompts: Sequence[str], rows: range, high: np.ndarray, low: np.ndarray) -> str:
@@ -125,3 +145,54 @@ def _number(samples: np.ndarray) -> None:
         part[new] = np.arange(entry, entry + int(new.sum()))
         entry += int(new.sum())
         part[again] = samples[at]
+
+
+class StoredIndex:
+    """The tables in a file, mapped.  Raises Damaged for one that is of other prompts or not whole, also when it is used."""
+
+    def __init__(self, path: Path, digest: str, unique: int) -> None:
+        """``digest``: of the prompts; ``unique``: different ones."""
+        self.path, self.unique, self._file = path, unique, Mapped(path)
+        if self._file.metadata.get(PROMPTS_DIGEST) != digest:
+            raise Damaged(f"{path}: is of other prompts")
+        counts = {name: None if name == "samples" else unique for name in TABLES}
+        self._file.require({name: (dtype, counts[name]) for name, dtype in TABLES.items()})
+        self._tables = self._file.arrays
+
+    def __len__(self) -> int:
+        """Rows of the data."""
+        return len(self._tables["samples"])
+
+    def entry_of(self, row: int) -> int:
+        """The entry of a row of the data, once the tables were checked: nothing tells one row's entry from another's."""
+        self.check()
+        return self._sound(int(self._tables["samples"][row]))
+
+    def find(self, text: str) -> int | None:
+        """The entry of a text.  A damaged table may lead to another's, which its shard can tell, or to none."""
+        high, low = halves(text)
+        at = int(np.searchsorted(self._tables["high"], np.uint64(high)))
+        while at < self.unique and int(self._tables["high"][at]) == high:
+            if int(self._tables["low"][at]) == low:
+                return self._sound(int(self._tables["entries"][at]))
+            at += 1
+        return None
+
+    def _sound(self, entry: int) -> int:
+        if entry >= self.unique:
+            raise Damaged(f"{self.path}: leads to entry {entry} of {self.unique}")
+        return entry
+
+    def check(self) -> None:
+        """Read all of it, the first time, and compare it with its digest, which files of an older version have none of."""
+        if self._file.metadata.get(TABLES_DIGEST) not in (None, self._digest):
+            raise Damaged(f"{self.path}: is damaged")
+
+    @cached_property
+    def _digest(self) -> str:
+        found = digest_of(self._tables)
+        self.release()
+        return found
+
+    def release(self) -> None:
+        self._file.release()

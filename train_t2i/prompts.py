@@ -7,6 +7,7 @@ temporary file of 10 bytes a prompt.  What cannot be used is a UserError that na
 from __future__ import annotations
 
 import bisect
+import errno
 import glob
 import logging
 import os
@@ -14,7 +15,7 @@ import struct
 import tempfile
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO, overload
@@ -98,11 +99,31 @@ def load_prompts(source: str | os.PathLike[str]) -> PromptStore:
     folders are read in the order of their names.  Blank prompts are dropped and duplicates kept, both counted in the log.
     Raises UserError.
     """
+    parts: list[Part] = []
+    for place in places(os.fspath(source)):
+        try:
+            parts.append(_part_of(place))
+        except OSError as error:
+            raise _unread(place, error) from None
+    return PromptStore(parts)
+
+
+def _unread(place: object, error: OSError) -> UserError:
+    many = error.errno in (errno.EMFILE, errno.ENFILE)
+    hint = "join the files into fewer, or allow more at once: ulimit -n" if many else "check the path and its disk"
+    return UserError(f"{place}: cannot be read ({error.strerror})", hint)
+
+
+@contextmanager
+def _told_of_no_room(place: object) -> Iterator[None]:
+    """Around what is written to the temporary folder.  Raises UserError."""
     try:
-        return PromptStore([_part_of(place) for place in places(os.fspath(source))])
+        yield
     except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise
         raise UserError(
-            f"{source}: its index cannot be written to {tempfile.gettempdir()} ({error.strerror})",
+            f"{place}: its index cannot be written to {tempfile.gettempdir()} ({error.strerror})",
             "make room there, or set TMPDIR to a folder that has some",
             EXIT_DISK,
         ) from None
@@ -111,12 +132,15 @@ def load_prompts(source: str | os.PathLike[str]) -> PromptStore:
 def places(source: str) -> list[Path | hub.Dataset]:
     """What a source names, in order.  Raises UserError where it names nothing."""
     path = Path(source)
-    if path.is_dir():
-        found = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
+    if os.path.isdir(source):  # noqa: PTH112 - pathlib raises where a name is too long, as a list of many files is
+        try:
+            found = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
+        except OSError as error:
+            raise _unread(path, error) from None
         if not found:
             raise UserError(f"{path} is a folder without prompts", f"it may hold files of {', '.join(SUFFIXES)}")
         return [*found]
-    if path.exists():
+    if os.path.exists(source):  # noqa: PTH110 - as above
         return [path]
     if source.startswith(hub.PREFIX):
         return [hub.Dataset.parse(source)]
@@ -133,12 +157,13 @@ def places(source: str) -> list[Path | hub.Dataset]:
 
 
 def _part_of(place: Path | hub.Dataset) -> Part:
-    with _Notes() as notes, ExitStack() as stack:
+    with _Notes(place) as notes, ExitStack() as stack:
         if isinstance(place, Path) and place.suffix.lower() not in READERS:
             _scan(place, notes)
             file: Any = stack.enter_context(place.open("rb"))
         else:
-            file = stack.enter_context(tempfile.TemporaryFile())
+            file = _temporary(place)
+            stack.callback(_close, file)
             _spool(place, file, notes)
         if not notes.count:
             raise UserError(
@@ -149,19 +174,30 @@ def _part_of(place: Path | hub.Dataset) -> Part:
         return Part(str(place), file, notes.bounds)
 
 
+def _temporary(place: object) -> BinaryIO:
+    with _told_of_no_room(place):
+        return tempfile.TemporaryFile()
+
+
+def _close(file: BinaryIO) -> None:
+    """Also what cannot be written any more: it was told already."""
+    with suppress(OSError):
+        file.close()
+
+
 class _Notes:
     """Where the prompts of a file lie, and their hashes, in temporary files; counts."""
 
-    def __init__(self) -> None:
-        self.bounds, self.hashes = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115 - __exit__
+    def __init__(self, place: object) -> None:
+        self.place, self.bounds, self.hashes = place, _temporary(place), _temporary(place)
         self.count = self.blank = 0
 
     def __enter__(self) -> _Notes:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.bounds.close()
-        self.hashes.close()
+        _close(self.bounds)
+        _close(self.hashes)
 
     def add(self, starts: np.ndarray, lengths: np.ndarray, hashes: Iterable[int]) -> None:
         """All of a block's lines, blank ones with a length of 0; ``hashes`` of the others."""
@@ -170,10 +206,11 @@ class _Notes:
         bounds["start"], bounds["length"] = starts[there], lengths[there]
         self.count += len(bounds)
         self.blank += len(lengths) - len(bounds)
-        self.bounds.write(bounds.tobytes())
-        self.hashes.write(np.fromiter(hashes, np.uint64, len(bounds)).tobytes())
-        self.bounds.flush()
-        self.hashes.flush()
+        with _told_of_no_room(self.place):
+            self.bounds.write(bounds.tobytes())
+            self.hashes.write(np.fromiter(hashes, np.uint64, len(bounds)).tobytes())
+            self.bounds.flush()
+            self.hashes.flush()
 
 
 def _scan(path: Path, notes: _Notes) -> None:
@@ -219,13 +256,15 @@ def _spool(place: Path | hub.Dataset, file: BinaryIO, notes: _Notes) -> None:
     with tqdm(desc=str(place), unit="row", delay=SLOW_S, leave=False) as bar:
         for chunk in _chunks(prompts):
             encoded = [prompt.encode() for prompt in chunk]
-            file.write(b"".join(encoded))
+            with _told_of_no_room(place):
+                file.write(b"".join(encoded))
             lengths = np.array([len(raw) for raw in encoded], np.int64)
             starts = start + np.cumsum(lengths) - lengths
             notes.add(starts, lengths, (xxhash.xxh3_64_intdigest(raw) for raw in encoded if raw))
             start += int(lengths.sum())
             bar.update(len(chunk))
-    file.flush()
+    with _told_of_no_room(place):
+        file.flush()
 
 
 def _chunks(prompts: Iterable[str]) -> Iterator[list[str]]:

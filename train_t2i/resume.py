@@ -68,6 +68,7 @@ def checkpoint_record(run: Run) -> dict[str, Any]:
         "skipped_by_role": state.skipped_in_a_row,
         "world_size": run.engine.world,
         "global_batch": run.feed.global_batch,
+        "rows": len(run.feed.dataset),
         "backend": run.engine.backend_name,
         "settings": run.settings.as_dict(),
         "grid": run.networks.family.path.grid(run.settings.run.sample_num_steps).tolist(),
@@ -131,6 +132,19 @@ def check_resumable(settings: Settings, path: Path, folder: RunFolder) -> tuple[
             f"set it above {record['step']}: steps are counted through the stages",
         )
     return record, list(told.values())
+
+
+def check_rows(record: dict[str, Any], rows: int, path: Path) -> None:
+    """Refuse to continue a run on data of another length, from which another order of samples follows.
+
+    Records of older versions do not tell theirs.
+    """
+    then = record.get("rows", rows)
+    if then != rows:
+        raise UserError(
+            f"--resume-ckpt {path}: its data had {then} rows, now {rows}, which changes the order of the samples",
+            "give the --data-path-train and --prompt-cache it had, or start a new --exp-name from this checkpoint",
+        )
 
 
 def kept_batch(cfg: Config, record: dict[str, Any], world: int) -> tuple[int, int]:

@@ -180,7 +180,7 @@ def take_lock(path: Path) -> int:
             host, pid = _holder(descriptor)
             os.close(descriptor)
             here = host == socket.gethostname()
-            if here and pid and not _alive(pid):
+            if here and pid and not alive(pid):
                 if suspect == pid:  # an orphaned child of a dead run holds it: let it keep a file nobody sees
                     path.unlink(missing_ok=True)
                 else:  # or a run that has it since a moment and is about to sign
@@ -218,7 +218,8 @@ def _holder(descriptor: int) -> tuple[str, int]:
     return (words[0], int(words[1])) if len(words) == 2 and words[1].isdecimal() else ("", 0)
 
 
-def _alive(pid: int) -> bool:
+def alive(pid: int) -> bool:
+    """Whether a process of this host is there."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -1,7 +1,8 @@
 """What decides an embedding besides the prompt, so that a cache made with anything else can be refused.
 
-Weights are told by their tensors, not their files: names, types, shapes and bytes, whatever way a model was split and saved.
-They are read from where the model lies, since training from a cache does not load them.
+Weights are told by their tensors, not their files: names, types, shapes and bytes, whatever way a model was split and saved;
+settings (activation, positions, pad token, ...) by their values, without what only says who saved them and how.  Both are read
+from where the model lies, since training from a cache does not load them.
 """
 
 from __future__ import annotations
@@ -20,6 +21,13 @@ CHUNK_BYTES = 8 << 20
 PARTS = ("text_encoder*", "tokenizer*")
 WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "pytorch_model*.bin")  # the first that there is
 VOCABULARIES = ("vocab.json", "merges.txt", "spiece.model", "tokenizer.model")
+SETTINGS = ("config.json", "tokenizer_config.json", "special_tokens_map.json")
+# Keys that change when a model is saved again, or by another version: they decide no embedding.  The weights say their own
+# type, and pipelines have a template of their own.
+PROVENANCE = {
+    "_diffusers_version", "transformers_version", "_name_or_path", "name_or_path", "torch_dtype", "dtype", "architectures",
+    "backend", "is_local", "local_files_only", "special_tokens_map_file", "tokenizer_file", "chat_template",
+}  # fmt: skip
 ENCODERS_IN_FILE = "conditioner."  # of a single-file model
 
 
@@ -36,7 +44,10 @@ def text_key(family: Any, model: str) -> dict[str, Any]:
 
 
 def encoder_digest(model: str) -> str | None:
-    """xxh3_128 of the text encoders and tokenizers of a pipeline folder, single file or hub id; None: they are not here."""
+    """xxh3_128 of the text encoders and tokenizers, weights and settings, of a pipeline folder, single file or hub id.
+
+    None: they are not here.  Raises UserError for files that cannot be read.
+    """
     path = Path(model)
     whole = xxhash.xxh3_128()
     try:
@@ -70,6 +81,10 @@ def _weights(folder: Path) -> list[Path]:
 
 
 def _folder(folder: Path) -> Iterator[bytes]:
+    for file in (folder / name for name in SETTINGS):
+        if file.is_file():
+            yield file.name.encode()
+            yield json.dumps(_lasting(json.loads(file.read_bytes())), sort_keys=True).encode()
     weights = _weights(folder)
     if weights and weights[0].suffix == ".safetensors":
         headers = {name: (path, entry, at) for path in weights for name, entry, at in _entries(path)}
@@ -83,6 +98,13 @@ def _folder(folder: Path) -> Iterator[bytes]:
     for file in [*weights, *names]:
         yield file.name.encode()
         yield from _bytes(file, 0, file.stat().st_size)
+
+
+def _lasting(value: Any) -> Any:
+    """Settings without PROVENANCE, at any depth: models of several parts have settings for each."""
+    if isinstance(value, dict):
+        return {key: _lasting(part) for key, part in value.items() if key not in PROVENANCE}
+    return [_lasting(part) for part in value] if isinstance(value, list) else value
 
 
 def _tensors(path: Path, prefix: str) -> Iterator[bytes]:

@@ -20,7 +20,7 @@ from train_t2i.feed import Feed, Pairs, dataset_for
 from train_t2i.methods import METHODS
 from train_t2i.networks import Networks, Role
 from train_t2i.prompt_cache import CachedText, PromptCache
-from train_t2i.resume import check_grid, check_resumable, find_checkpoint, kept_batch, owns, restore, save
+from train_t2i.resume import check_grid, check_resumable, check_rows, find_checkpoint, kept_batch, owns, restore, save
 from train_t2i.run import Run, State, StopRequest
 from train_t2i.sheet import SampleSheet, sheet_prompts
 from train_t2i.storage import FULL
@@ -148,6 +148,8 @@ def prepare(settings: Settings, folder: RunFolder, engine: Engine, stop: StopReq
     found = build.check_rewards(settings.method)
     build.check_initial(cfg)
     data = dataset_for(kind.data, cfg.data_path_train, settings.size_px, cfg.prompt_cache)
+    if resume_from and owns(folder, resume_from):
+        check_rows(record, len(data), resume_from)
     prompts = sheet_prompts(settings, data)
     if cfg.prompt_cache:
         PromptCache(cfg.prompt_cache).need([*prompts, getattr(settings.method, "negative_prompt", "")])
