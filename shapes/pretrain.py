@@ -38,6 +38,12 @@ def run_name(stage: Stage) -> str:
     return f"{stage.name}-{digest(stage)}"
 
 
+def run_folders(stage: Stage, paths: Paths) -> list[Path]:
+    """That folder and those of its later legs, NAME-STEPS (finetune.py)."""
+    name = run_name(stage)
+    return [paths.work / name, *paths.work.glob(f"{name}-*")]
+
+
 def read_record(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
@@ -78,7 +84,8 @@ def forget(paths: Paths, stages: set[str]) -> None:
     write_record(paths.record, record)
     for stage in STAGES:
         if stage.name in stages:
-            shutil.rmtree(paths.work / run_name(stage), ignore_errors=True)
+            for folder in run_folders(stage, paths):
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def run(stage: Stage, paths: Paths) -> None:

@@ -124,10 +124,12 @@ def test_a_stage_is_skipped_until_its_recipe_or_one_below_changes(stages):
 def test_forcing_a_stage_forces_what_builds_on_it_and_removes_its_unfinished_run(stages):
     stages.go()
     runs = {stage.name: stages.paths.work / pretrain.run_name(stage) for stage in pretrain.STAGES}
-    for folder in runs.values():
+    legs = {name: folder.with_name(f"{folder.name}-7000") for name, folder in runs.items()}
+    for folder in (*runs.values(), *legs.values()):
         folder.mkdir()
     assert stages.go("--force", "b", "--only", "a") == ["b", "c"]
-    assert [name for name, folder in runs.items() if folder.exists()] == ["a"]
+    for folders in (runs, legs):
+        assert [name for name, folder in folders.items() if folder.exists()] == ["a"]
 
 
 def test_what_was_built_on_a_replaced_stage_has_no_quality(stages):
