@@ -5,6 +5,7 @@ from __future__ import annotations
 import tomllib
 from pathlib import Path
 
+import flow_models
 import pytest
 import torch
 from diffusers.modular_pipelines.qwenimage import prompt_templates
@@ -13,10 +14,11 @@ from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
 from shapes import finetune, flow_stages, scenes
 from shapes import qwen_autoencoder as qa
 from shapes.flow_models import PIPELINES, TEXT_LENGTH, FlowRecipe
-from shapes.guidance import rows_of
+from shapes.guidance import GuidanceRecipe, rows_of
 from shapes.long_text_encoders import T5Recipe, new_t5, with_projection
 from shapes.stage import Paths
 from shapes.tokenizer import new_qwen_tokenizer, new_t5_tokenizer
+from shapes.world import load_world
 from train_t2i.families import Cond
 
 CHECKPOINTS = Path(__file__).parent.parent / "checkpoints"
@@ -97,6 +99,27 @@ def test_every_leg_goes_on_from_the_one_before(tmp_path: Path, monkeypatch: pyte
     record = tmp_path / "run" / "checkpoints" / "torch_units" / "step-10.pt"
     assert second[-6:] == ["--exp-name", "run-30", "--max-train-steps", "30", "--resume-ckpt", str(record)]
     assert found == tmp_path / "run-30" / "checkpoints" / "accelerator_1" / "step-30"
+
+
+def test_guidance_is_distilled_from_the_same_network_every_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the stage before keeps, not what the first distillation put in its place."""
+    paths = Paths(tmp_path / "out", tmp_path / "work")
+    monkeypatch.setattr(flow_stages, "new_parts", lambda recipe, paths: flow_models.parts("flux"))
+    monkeypatch.setattr(finetune, "supervised", lambda *arguments, **more: tmp_path)
+    monkeypatch.setattr(finetune, "install", lambda trained, folder, kind: None)
+    monkeypatch.setattr(flow_stages, "world", lambda paths: load_world("train", 0, 4))
+    monkeypatch.setattr(flow_stages, "teacher_adherence", lambda family, folder: {})
+    monkeypatch.setattr(flow_stages, "GUIDANCE", GuidanceRecipe(pictures=4, steps=2, batch_size=2, learning_rate=0.1))
+    flow_stages.make_pipeline(flow_models.RECIPES["flux"], paths, "run")
+    weights = paths.flow("flux") / "transformer" / "diffusion_pytorch_model.safetensors"
+    made = [weights.read_bytes()]
+    for _ in range(2):
+        flow_stages.make_guidance(paths, "run")
+        made.append(weights.read_bytes())
+    assert made[0] != made[1]
+    assert made[1] == made[2]
 
 
 def test_rows_of_a_conditioning() -> None:

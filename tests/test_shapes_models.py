@@ -150,11 +150,12 @@ def test_an_interrupted_force_goes_on_without_it(stages, monkeypatch):
     assert stages.go() == ["b", "c"]
 
 
-def test_the_preference_tower_says_what_it_starts_from(tmp_path, capsys):
+@pytest.mark.parametrize(("stage", "maker"), [("hps", "clip"), ("flux-guidance", "flux")])
+def test_a_stage_says_where_what_it_starts_from_comes_from(stage, maker, tmp_path, capsys):
     with pytest.raises(SystemExit) as caught:
-        pretrain.main(["--out", str(tmp_path), "--work", str(tmp_path), "--force", "hps", "--only", "hps"])
+        pretrain.main(["--out", str(tmp_path), "--work", str(tmp_path), "--force", stage, "--only", stage])
     assert caught.value.code == 2
-    assert "add --force clip" in capsys.readouterr().err
+    assert f"add --force {maker}, which makes it" in capsys.readouterr().err
 
 
 def test_the_committed_models_are_of_the_recipes_that_stand_here(tmp_path):
