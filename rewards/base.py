@@ -40,6 +40,12 @@ class Reward(Protocol):
         ...
 
 
+def check_rows(name: str, images: Tensor, prompts: Sequence[str]) -> None:
+    """Raises ValueError unless every image has its prompt: one prompt, or one string, would be scored against all."""
+    if isinstance(prompts, str) or len(images) != len(prompts):
+        raise ValueError(f"{name}: {len(images)} images need as many prompts in a list, not {prompts!r:.80}")
+
+
 @dataclass(frozen=True)
 class WeightsReport:
     """What a look at a weights file found, without building the model."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from rewards.base import check_rows
 from rewards.tower import CosineReward
 
 POSITIVE = ("Natural-lighting", "Detailed", "Realistic")
@@ -42,6 +43,7 @@ class SemanticRelative:
 
     def __call__(self, images: Tensor, prompts: Sequence[str], *, tick: int = 0) -> Tensor:
         """(B, 3, H, W) in [0, 1] and B prompts -> (B,) fp32 in [-2 - k, 2 + k].  Gradients reach ``images``."""
+        check_rows(self.name, images, prompts)
         features = self.tower.encode_images(images)
         towards, away = (self.tower.encode_prompts([f"{word}. {p}" for p in prompts]) for word in self.words(tick))
         # SRPO's semantic-relative reward: r = f . ((1 + k) C+ - C-)

@@ -20,7 +20,7 @@ from open_clip import CLIP, tokenize
 from open_clip.model import convert_weights_to_lp
 from torch import Tensor, nn
 
-from rewards.base import RewardError, WeightsReport
+from rewards.base import RewardError, WeightsReport, check_rows
 from rewards.preprocess import OPENAI_MEAN, OPENAI_STD, Preprocess, ResizeMode
 from rewards.weights import check_shapes, file_kind, find_weights, read_shapes, read_state
 
@@ -164,8 +164,7 @@ class CosineReward:
 
     def cosine(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """As the call, in fp64 where the towers are fp64."""
-        if isinstance(prompts, str) or len(images) != len(prompts):
-            raise ValueError(f"{self.name}: {len(images)} images need as many prompts in a list, not {prompts!r:.80}")
+        check_rows(self.name, images, prompts)
         return (self.encode_images(images) * self.encode_prompts(prompts)).sum(-1)
 
     def encode_images(self, images: Tensor) -> Tensor:

@@ -33,7 +33,8 @@ stage scenes scenes
 runs=()
 for family in $FAMILIES; do
   teacher="$(teacher_of "$family")"
-  mapfile -t flags <<<"$teacher"
+  flags=()
+  while IFS= read -r flag; do flags+=("$flag"); done <<<"$teacher" # macOS's bash 3.2 has no mapfile
   stage "evaluate-teacher-$family" evaluate "teacher-$family" --teacher "${flags[@]}" --teacher-num-steps 25 --resolution 64
   if [[ "$family" == sd3 ]]; then names=(sd3); else names=("${family}_4step" "${family}_2step"); fi
   for name in "${names[@]}"; do

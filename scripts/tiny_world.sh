@@ -14,7 +14,7 @@ EVALUATION_PROMPTS="${EVALUATION_PROMPTS:-500}"
 TABLE="${TABLE:-$WORK/table.json}"
 mkdir -p -- "$WORK"
 
-# The files that decide what a stage makes, beside its own command and settings
+# The files that decide what a stage makes, beside its own command and settings and the tiny models themselves
 RECIPE=("$SETUP_ROOT"/scripts/{tiny_data.sh,tiny_world.sh,flow.sh,sdxl*.sh} "$LAUNCHERS"/*.sh)
 
 digest() { # COMMAND...: of a stage's command and recipe, comments left out; the same in every folder, on every interpreter
@@ -23,7 +23,7 @@ digest() { # COMMAND...: of a stage's command and recipe, comments left out; the
   words=("${words[@]//"$PYTHON"/python}")
   {
     printf '%s\n' "${words[@]}" "$SEED" "$EVALUATION_PROMPTS"
-    sed '/^ *#/d' "${RECIPE[@]}"
+    sed '/^ *#/d' "${RECIPE[@]}" "$CHECKPOINTS/tiny-recipes.json"
   } | if command -v sha256sum >/dev/null 2>&1; then sha256sum; else shasum -a 256; fi
 }
 

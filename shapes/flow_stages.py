@@ -6,6 +6,7 @@ SD3 and FLUX.1 share an autoencoder and T5; their CLIP encoders are those of the
 from __future__ import annotations
 
 import functools
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,11 @@ def part(paths: Paths, name: str) -> Path:
     return paths.work / "parts" / name
 
 
+def undistilled(paths: Paths) -> Path:
+    """FLUX.1's transformer before its guidance is distilled: the committed one is overwritten then."""
+    return part(paths, "flux-undistilled")
+
+
 HOLDERS = {  # part -> the committed folder that holds it
     "wide-autoencoder": ("flux", "vae"),
     "t5": ("flux", "text_encoder_2"),
@@ -120,11 +126,14 @@ def make_pipeline(recipe: FlowRecipe, paths: Paths, run_name: str) -> dict[str, 
         folder, paths.work, recipe, run_name, pictures_seed=recipe.pictures_seed, more=told, legs=recipe.legs, threads=1
     )
     finetune.install(trained, folder / "transformer", TRANSFORMERS[recipe.family])
-    return {} if recipe.family == "flux" else teacher_adherence(recipe.family, folder)
+    if recipe.family == "flux":
+        shutil.copytree(folder / "transformer", undistilled(paths), dirs_exist_ok=True)
+        return {}
+    return teacher_adherence(recipe.family, folder)
 
 
 def make_guidance(paths: Paths, run_name: str) -> dict[str, float]:
-    distil_guidance(paths.flow("flux"), world(paths), GUIDANCE, TEXT_LENGTH)
+    distil_guidance(undistilled(paths), paths.flow("flux"), world(paths), GUIDANCE, TEXT_LENGTH)
     return teacher_adherence("flux", paths.flow("flux"))
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
 from shapes.parallel import WORKERS, fit
@@ -33,11 +34,15 @@ class GuidanceRecipe:
     most: float = 5.0  # guidance is drawn from 1 to this
 
 
-def distil_guidance(folder: Path, world: World, recipe: GuidanceRecipe, text_length: int) -> None:
-    """The transformer of the pipeline `folder`, told w, learns the guided output of itself told 1; put back in half precision."""
+def distil_guidance(start: Path, folder: Path, world: World, recipe: GuidanceRecipe, text_length: int) -> None:
+    """The transformer in `start`, told w, learns the guided output of itself told 1; into the pipeline `folder` in half precision.
+
+    `start` is not the pipeline's own: a second run would guide what is guided already.
+    """
     family: Any = load_family("flux", str(folder), size_px=(64, 64), text_length=text_length, guidance=UNGUIDED)
-    teacher, student = (family.load(torch.float32) for _ in range(2))
-    student.requires_grad_(True)
+    teacher, student = (FluxTransformer2DModel.from_pretrained(start, dtype=torch.float32) for _ in range(2))
+    teacher.eval().requires_grad_(False)
+    student.eval().requires_grad_(True)
     conds, latents = encoded(family, world, recipe.pictures)
 
     def loss(part: tuple[Tensor, torch.Generator]) -> Tensor:

@@ -17,6 +17,7 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,10 @@ from shapes.manifest import write_manifest
 from shapes.stage import PICTURES, Paths, Stage
 
 STAGES = (*sdxl_stages.STAGES, *flow_stages.STAGES)
+STARTS: dict[str, tuple[str, Callable[[Paths], Path]]] = {  # stage -> the one that leaves in `work` what it starts from
+    "hps": ("clip", lambda paths: paths.clip_trainee),
+    "flux-guidance": ("flux", flow_stages.undistilled),
+}
 
 
 def digest(stage: Stage) -> str:
@@ -36,6 +41,12 @@ def digest(stage: Stage) -> str:
 def run_name(stage: Stage) -> str:
     """The folder in `work` of a stage that the trainer trains."""
     return f"{stage.name}-{digest(stage)}"
+
+
+def run_folders(stage: Stage, paths: Paths) -> list[Path]:
+    """That folder and those of its later legs, NAME-STEPS (finetune.py)."""
+    name = run_name(stage)
+    return [paths.work / name, *paths.work.glob(f"{name}-*")]
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -78,7 +89,8 @@ def forget(paths: Paths, stages: set[str]) -> None:
     write_record(paths.record, record)
     for stage in STAGES:
         if stage.name in stages:
-            shutil.rmtree(paths.work / run_name(stage), ignore_errors=True)
+            for folder in run_folders(stage, paths):
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def run(stage: Stage, paths: Paths) -> None:
@@ -108,10 +120,11 @@ def main(argv: list[str] | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     todo = plan(paths, set(args.only), set(args.force))
     names = [stage.name for stage in todo]
-    if "hps" in names and "clip" not in names and not paths.clip_trainee.exists():
-        parser.error(
-            f"stage hps starts from {paths.clip_trainee}, which is not there: add --force clip, which makes it"
-        )
+    for name, (maker, start) in STARTS.items():
+        if name in names and maker not in names and not start(paths).exists():
+            parser.error(
+                f"stage {name} starts from {start(paths)}, which is not there: add --force {maker}, which makes it"
+            )
     print(f"to make: {', '.join(names) or 'nothing, all is present'}", flush=True)
     if args.force:
         forget(paths, with_dependents(set(args.force)))

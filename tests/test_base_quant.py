@@ -185,7 +185,7 @@ def test_a_run_goes_on_bit_for_bit_and_its_student_stands_on_the_whole_base(trai
 
 
 def test_what_cannot_be_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match="--base-quant int8 on zero2: quantised weights are not shared out"):
+    with pytest.raises(UserError, match="--base-quant int8 does not go with --backend zero2: quantised"):
         build.check_base_quant(Config(base_quant="int8"), "zero2")
     build.check_base_quant(Config(base_quant="int8"), "ddp")
     monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import replace
 
+import forked
 import pytest
 import tiny
 import torch
 from tiny_runs import record, stopped_at, weights
 
+from train_t2i import build
 from train_t2i.config import Config, DMDRConfig, Settings
 from train_t2i.engine import AdamSettings, Engine
 from train_t2i.engine.adam import LossScale
@@ -147,6 +150,19 @@ def test_the_backend_is_the_flag_or_what_the_launchers_config_asks_for(monkeypat
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "1")
     with pytest.raises(UserError, match="ZeRO stage 1"):
         chosen_backend("auto")
+
+
+def test_quantised_weights_are_refused_on_the_backend_of_the_launchers_config(trainer, one_thread_before_a_fork):
+    """Which is known once the processes have met: in two of them, before anything loads."""
+
+    def launched(rank: int) -> None:
+        os.environ["ACCELERATE_USE_FSDP"] = "true"
+        build.build_family = None  # nothing may load
+
+    arguments = trainer.arguments("run", "--use-lora-gen --base-quant int8 --backend auto")
+    for child in forked.train_world(arguments, trainer.root / "out", before=launched):
+        assert child.ends(60) == EXIT_USER, child.said()
+        assert "--base-quant int8 does not go with --backend fsdp2" in child.said()
 
 
 def test_eight_bit_adam_names_what_it_needs(trainer, monkeypatch):

@@ -15,6 +15,7 @@ from flow_models import FAMILIES, save_flow
 from train_t2i.__main__ import main
 from train_t2i.build import build_family, build_method, resolved
 from train_t2i.config import Config, DMDRConfig, Settings
+from train_t2i.errors import UserError
 from train_t2i.families import load_family
 from train_t2i.methods.base import Batch, Clock
 from train_t2i.sampling import few_step
@@ -127,6 +128,22 @@ def test_lora_targets_are_the_users_choice(folders: dict[str, Path]) -> None:
     add_adapter(net, family, "generator", spec)
     adapted = {key.split(".lora_A")[0] for key, _ in net.named_parameters() if ".lora_A." in key}
     assert adapted == {f"transformer_blocks.{i}.{end}" for i in range(2) for end in ("ff.net.2", "attn.to_q")}
+
+
+def test_a_layer_that_takes_no_lora_is_told_by_name(folders: dict[str, Path]) -> None:
+    """What lies inside an adapted layer is no layer: a target that matches there too serves a second adapter."""
+    from train_t2i.networks import AdapterSpec, add_adapter
+
+    family = load_family("sd3", str(folders["sd3"]))
+    net = family.load(torch.float32)
+    for target, kind in (("attn", "Attention"), ("norm1", "AdaLayerNormZero"), ("transformer_blocks", "ModuleList")):
+        with pytest.raises(
+            UserError, match=rf"--lora-targets {target}: transformer_blocks\S* is a {kind}, which takes no LoRA"
+        ):
+            add_adapter(net, family, "generator", AdapterSpec(2, 2, ("to_q", target)))
+    for adapter in ("generator", "guidance"):
+        add_adapter(net, family, adapter, AdapterSpec(2, 2, (".*attn.to_q.*",)))
+        assert sum(f".to_q.lora_A.{adapter}." in key for key, _ in net.named_parameters()) == 2
 
 
 def test_the_trained_grid_shift_and_text_length_are_in_the_checkpoint(

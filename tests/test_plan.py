@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shlex
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,14 +17,17 @@ from measured import measured_tick, peak_bytes
 from torch import nn
 
 from train_t2i.__main__ import main
+from train_t2i.base_quant import BLOCK, CODE_BYTES, SCALE_BYTES, quantized_layers
 from train_t2i.cli import parse
-from train_t2i.config import METHOD_NAMES, Config, Settings
+from train_t2i.config import BASE_QUANTS, METHOD_NAMES, Config, Settings
 from train_t2i.errors import EXIT_DONE, EXIT_USER, UserError
+from train_t2i.families import load_family
 from train_t2i.families.published import FIRST_OF, PUBLISHED
-from train_t2i.plan import MODELS, ledger, parse_plan
-from train_t2i.plan.estimate import CONTEXT_BYTES, FRAGMENTATION, GB, NETWORK_BYTES, estimate, levers
+from train_t2i.plan import MODELS, ledger, parse_plan, rehearsed
+from train_t2i.plan.estimate import CONTEXT_BYTES, FRAGMENTATION, GB, NETWORK_BYTES, Lever, estimate, levers
 from train_t2i.plan.ledger import Ledger, Peak, like_a_gpu
 from train_t2i.plan.model import count_encoder, empty_family, published_of
+from train_t2i.plan.page import STATED, page, told_levers
 from train_t2i.plan.rehearsal import ModuleBytes, Rehearsal, empty_networks, rehearse
 
 FAMILIES = ("sdxl", "sd3", "flux", "qwen_image")
@@ -224,7 +229,7 @@ def test_every_method_can_be_rehearsed(method: str, folders: dict[str, Path]) ->
 
 
 def test_what_moves_a_rehearsal(folders: dict[str, Path], tmp_path: Path) -> None:
-    """Checkpointing, rows, accumulation, sharding, quantised weights, files that are not here yet: each shows."""
+    """Checkpointing, rows, accumulation, sharding, files that are not here yet: each shows."""
     flags = (
         f"--pretrained-model {folders['sdxl']} --resolution 128 --batch-size 2 --mixed-precision bf16 --use-lora-gen"
     )
@@ -239,16 +244,32 @@ def test_what_moves_a_rehearsal(folders: dict[str, Path], tmp_path: Path) -> Non
     whole = 4 * plain.trained["generator"]
     assert found("--gradient-accumulation-steps 2").updates["generator"].gradients == whole
     assert found("--gradient-accumulation-steps 2", gradient_share=0.5).updates["generator"].gradients == whole / 2
-    base, codes = plain.modules["base"], found("--base-quant nf4").modules["base"]
-    assert codes.num_quantizable == 0
-    small = (2 - 0.5 - 4 / 64) * base.num_quantizable
-    assert base.frozen_bytes - codes.frozen_bytes == pytest.approx(small, rel=0.3)  # tables of 256 numbers weigh here
     rewarded = found(f"--cold-start-iter 0 --clip-reward-model {tmp_path}/not-here.bin")
     assert rewarded.reward_bytes > 1.9e9  # ViT-H-14 in half precision
     assert rewarded.updates["generator"].total > 1.5 * update.total
     sharded = found("--layout paired --use-lora-gen off --gradient-checkpointing", gathered=True)
     copied = found("--layout paired --use-lora-gen off --gradient-checkpointing")
     assert copied.updates["generator"].total - sharded.updates["generator"].total > 0
+
+
+def test_quantised_weights_are_rehearsed_as_codes(sdxl_folder: Path) -> None:
+    """Every kind; the tables of two are read while they are made, on a device without content."""
+    pytest.importorskip("bitsandbytes")
+    family = load_family("sdxl", str(sdxl_folder))
+    layers = len(quantized_layers(family.load(torch.float32), family.block_names))
+    flags = (
+        f"--method sft --pretrained-model {sdxl_folder} --resolution 64 --batch-size 1 --mixed-precision bf16 "
+        "--use-lora-gen"
+    )
+    # transformers replaces linspace while it loads; torch lists once, at any time, what makes tensors on the device
+    torch.utils._device._device_constructors.cache_clear()
+    base = rehearse(*planned(flags), **EXACT).modules["base"]
+    for kind in BASE_QUANTS:
+        codes = rehearse(*planned(f"{flags} --base-quant {kind}"), **EXACT).modules["base"]
+        assert codes.num_quantizable == 0
+        small = (2 - CODE_BYTES[kind] - SCALE_BYTES / BLOCK[kind]) * base.num_quantizable
+        tables = 4 * (16 if kind == "nf4" else 256) * layers
+        assert base.frozen_bytes - codes.frozen_bytes == pytest.approx(small - tables, rel=0.02), kind
 
 
 # -- shares of backends ----------------------------------------------------------------------------------------------
@@ -314,8 +335,20 @@ def test_levers_say_what_they_come_to() -> None:
     sharded = {lever.what: lever.plan for lever in levers(replace(run, backend="fsdp2"), MADE, 8)}
     assert sharded["--batch-size 1 --gradient-accumulation-steps 4"].phases["generator update"] == (10**8, 750_000_000)
     quiet = replace(run, base_quant="nf4", use_8bit_adam=True, batch_size=1, lora_rank=4)
-    names = [lever.what.split()[0] for lever in levers(quiet, MADE, 1)]
-    assert names == ["--prompt-cache"]
+    for world in (1, 8):  # codes are not shared out
+        assert [lever.what.split()[0] for lever in levers(quiet, MADE, world)] == ["--prompt-cache"]
+
+
+def test_a_page_names_the_cards_that_a_lever_gains_and_what_others_state() -> None:
+    run = replace(PAIR, backend="ddp")
+    plan = estimate(run, MADE, 1)
+    assert page("sd3_medium", run, "shared", 1, MADE, plan)[-1] == f"stated elsewhere: {STATED['sd3_medium'][0]}"
+    assert page("a/folder", run, "shared", 1, MADE, plan)[-1].startswith("fits on cards of: ")
+    large, small = (replace(plan, frozen=plan.frozen + count * GB - plan.total) for count in (50, 40))
+    told = told_levers(large, [Lever("--less", small), Lever("--a-little-less", replace(large, vae=0))])
+    assert told[0].startswith("what to turn down")
+    assert [line.strip() for line in told[1:]] == ["40.00  --less  now on 48 GB", "49.50  --a-little-less"]
+    assert told_levers(large, []) == []
 
 
 # -- the verb --------------------------------------------------------------------------------------------------------
@@ -330,6 +363,17 @@ def test_a_plan_is_printed(folders: dict[str, Path], capsys: pytest.CaptureFixtu
     for word in ("frozen weights", "trained weights (fp32)", "optimizer", "text encoders", "gradients, ", "reserve"):
         assert word in said, word
     assert "fits on cards of: 24 GB yes, 48 GB yes, 80 GB yes, 141 GB yes" in said
+    assert "what to turn down" in said
+    assert "--gradient-checkpointing (counted)" in said
+
+
+def test_the_shares_of_a_backend_reach_the_rehearsal(sdxl_folder: Path) -> None:
+    """Scattered gradients, which accumulation holds, and weights gathered in bf16."""
+    settings, published = planned(
+        f"--method sft --pretrained-model {sdxl_folder} --resolution 64 --batch-size 1 --mixed-precision bf16 "
+        "--gradient-accumulation-steps 2 --backend fsdp2"
+    )
+    assert rehearsed(settings, published, 8) == rehearse(settings, published, gradient_share=1 / 8, gathered=True)
 
 
 def test_auto_is_plain_data_parallelism_without_a_launcher() -> None:
@@ -352,9 +396,43 @@ def test_what_cannot_be_planned_is_told_in_one_line(
         f"--pretrained-model {folders['qwen_image']} --resolution 64 --tiny-vae x --cold-start-iter 0 --clip-reward-model x": "no tiny decoder",
         f"--pretrained-model {folders['sd3']} --resolution 64 --tiny-vae {tiny_vae_folder} --cold-start-iter 0 --clip-reward-model x": "have 4 channels",
         "--base-quant nf4 --backend fsdp2": "does not go with --backend fsdp2",
+        "--text-length 32": "--text-length does nothing for sdxl",
+        f"--pretrained-model {folders['flux']} --family sd3": "is of the family flux",
     }
     for flags, told in lines.items():
         assert main(["plan", *shlex.split(flags)]) == EXIT_USER, flags
         said = capsys.readouterr().err
         assert told in said
         assert len(said[said.index("error: ") :].splitlines()) <= 2
+
+
+BROKEN = [  # family, file, what it says (None: nothing), what is told
+    ("flux", "transformer/config.json", {"joint_attention_dim": None}, "its denoiser's config says no joint_attention_dim"),
+    ("flux", "text_encoder_2/config.json", {"architectures": []}, '/config.json: "architectures" names no model of'),
+    ("flux", "text_encoder/config.json", {"architectures": ["CLIPTextMode"]}, '/config.json: "architectures" names no'),
+    ("flux", "vae/config.json", {"block_out_channels": []}, "cannot be loaded (IndexError"),
+    ("sdxl", "unet/config.json", {"block_out_channels": [16]}, "cannot be loaded (Must provide"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "file", "says", "told"), BROKEN)
+def test_a_folder_whose_configs_make_no_sense_is_named(
+    name: str,
+    file: str,
+    says: dict[str, Any],
+    told: str,
+    folders: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = tmp_path / name
+    shutil.copytree(folders[name], folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    whole = {**json.loads((folder / file).read_text()), **says}
+    (folder / file).write_text(json.dumps({key: value for key, value in whole.items() if value is not None}))
+    assert main(["plan", "--pretrained-model", str(folder), "--use-lora-gen", "--resolution", "64"]) == EXIT_USER
+    lines = capsys.readouterr().err.splitlines()
+    errors = [line for line in lines if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert str(folder) in errors[0]
+    assert told in errors[0]
+    assert "--resolution" not in "".join(lines)

@@ -61,16 +61,20 @@ def test_a_finished_stage_is_skipped_and_its_mark_begins_with_its_seconds(tmp_pa
 
 
 def test_a_stage_made_with_another_recipe_is_refused(tmp_path: Path) -> None:
-    """Its command, its settings and the files of its recipe; nothing is run and nothing removed."""
-    recipe = tmp_path / "recipe.sh"
+    """Its command, its settings, the files of its recipe and the tiny models; nothing is run and nothing removed."""
+    recipe, models = tmp_path / "recipe.sh", tmp_path / "tiny-recipes.json"
     recipe.write_text("setting seed 30\n")
-    use = f"RECIPE=({recipe})"
+    models.write_text('{"sd3": {"digest": "1"}}\n')
+    use = f"RECIPE=({recipe}); CHECKPOINTS={tmp_path}"
     work = tmp_path / "work"
     assert stage(work, "echo run 1", use).returncode == 0
     mark = (work / ".done" / "made").read_text()
     different = [stage(work, "echo run 2", use), stage(work, "echo run 1", use, EVALUATION_PROMPTS="100")]
     recipe.write_text("# a comment\nsetting seed 30\n")
     assert stage(work, "echo run 1", use).returncode == 0
+    models.write_text('{"sd3": {"digest": "2"}}\n')
+    different.append(stage(work, "echo run 1", use))
+    models.write_text('{"sd3": {"digest": "1"}}\n')
     recipe.write_text("setting seed 31\n")
     different.append(stage(work, "echo run 1", use))
     for done in different:
@@ -101,3 +105,23 @@ def test_the_quick_one_has_a_folder_of_its_own(quick: str, folder: str, tmp_path
     )  # fmt: skip
     assert done.stdout == "== scenes\n", done.stderr
     assert [path.name for path in (tmp_path / "runs").iterdir()] == [folder]
+
+
+def test_the_families_are_driven_by_the_bash_of_macos(tmp_path: Path) -> None:
+    """Every stage of one, by a python that says what it is told; 3.2 knows no mapfile."""
+    stub, old = tmp_path / "bin" / "python", tmp_path / "old.sh"
+    stub.parent.mkdir()
+    stub.write_text(
+        '#!/usr/bin/env bash\n[[ $1 != - ]] || exit 0\necho "$*"\n[[ "${!#}" != *.part ]] || touch "${!#}"\n'
+    )
+    stub.chmod(0o755)
+    old.write_text("enable -n mapfile readarray\n")
+    done = subprocess.run(
+        ["bash", ROOT / "scripts" / "families.sh"], capture_output=True, text=True, check=False,
+        env=os.environ | {"WORK": str(tmp_path), "FAMILIES": "sd3", "VIRTUAL_ENV": str(tmp_path), "BASH_ENV": str(old)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    stages = re.findall(r"^== (\S+): \d+ s$", done.stdout, re.MULTILINE)
+    assert stages == ["scenes", "evaluate-teacher-sd3", "cold-sd3", "dmdr-sd3", "evaluate-sd3", "report"]
+    teacher = f"evaluate --teacher --pretrained-model {ROOT}/checkpoints/tiny-sd3 --teacher-cfg 2 --text-length 32 "
+    assert teacher in done.stdout

@@ -53,6 +53,13 @@ def test_words_are_a_function_of_seed_and_tick(tower: CosineReward) -> None:
     assert max(counted.values()) < 2 * min(counted.values())
 
 
+@pytest.mark.parametrize("prompts", [["one"], "red", []])
+def test_prompts_that_are_not_one_an_image_are_refused(tower: CosineReward, prompts: list[str] | str) -> None:
+    """One prompt would be broadcast; the letters of a string would pass for three."""
+    with pytest.raises(ValueError, match="3 images need as many prompts"):
+        SemanticRelative(tower)(random_images(3, 40, 32), prompts)
+
+
 def test_gradients_reach_the_pixels(tower: CosineReward) -> None:
     images = random_images(2, 40, 32).requires_grad_()
     SemanticRelative(tower)(images, list(PROMPTS[:2]), tick=3).sum().backward()

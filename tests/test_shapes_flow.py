@@ -5,6 +5,7 @@ from __future__ import annotations
 import tomllib
 from pathlib import Path
 
+import flow_models
 import pytest
 import torch
 from diffusers.modular_pipelines.qwenimage import prompt_templates
@@ -14,10 +15,11 @@ from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
 from shapes import finetune, flow_stages, scenes
 from shapes import qwen_autoencoder as qa
 from shapes.flow_models import PIPELINES, TEXT_LENGTH, FlowRecipe, new_transformer
-from shapes.guidance import rows_of
+from shapes.guidance import GuidanceRecipe, rows_of
 from shapes.long_text_encoders import T5Recipe, new_t5, with_projection
 from shapes.stage import Paths
 from shapes.tokenizer import new_qwen_tokenizer, new_t5_tokenizer
+from shapes.world import load_world
 from train_t2i.families import Cond
 
 CHECKPOINTS = Path(__file__).parent.parent / "checkpoints"
@@ -122,6 +124,27 @@ def test_a_checkpoint_of_parameters_alone_is_installed_with_the_buffers_of_its_c
         finetune.install(tmp_path, folder, type(trained))
 
 
+def test_guidance_is_distilled_from_the_same_network_every_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the stage before keeps, not what the first distillation put in its place."""
+    paths = Paths(tmp_path / "out", tmp_path / "work")
+    monkeypatch.setattr(flow_stages, "new_parts", lambda recipe, paths: flow_models.parts("flux"))
+    monkeypatch.setattr(finetune, "supervised", lambda *arguments, **more: tmp_path)
+    monkeypatch.setattr(finetune, "install", lambda trained, folder, kind: None)
+    monkeypatch.setattr(flow_stages, "world", lambda paths: load_world("train", 0, 4))
+    monkeypatch.setattr(flow_stages, "teacher_adherence", lambda family, folder: {})
+    monkeypatch.setattr(flow_stages, "GUIDANCE", GuidanceRecipe(pictures=4, steps=2, batch_size=2, learning_rate=0.1))
+    flow_stages.make_pipeline(flow_models.RECIPES["flux"], paths, "run")
+    weights = paths.flow("flux") / "transformer" / "diffusion_pytorch_model.safetensors"
+    made = [weights.read_bytes()]
+    for _ in range(2):
+        flow_stages.make_guidance(paths, "run")
+        made.append(weights.read_bytes())
+    assert made[0] != made[1]
+    assert made[1] == made[2]
+
+
 def test_rows_of_a_conditioning() -> None:
     tokens = torch.arange(12.0).reshape(3, 2, 2)
     cond = Cond(tokens, pooled=tokens[:, 0], negative=Cond(-tokens), guidance=torch.tensor([1.0, 2.0, 3.0]))
@@ -134,6 +157,18 @@ def test_rows_of_a_conditioning() -> None:
 
 
 @pytest.mark.parametrize("family", PIPELINES)
+
+
+COMMITTED = [family for family in PIPELINES if Paths(CHECKPOINTS, Path()).flow(family).exists()]
+
+
+@pytest.mark.parametrize("family", COMMITTED)
+def test_a_committed_pipeline_is_small(family: str) -> None:
+    files = Paths(CHECKPOINTS, Path()).flow(family).rglob("*")
+    assert sum(file.stat().st_size for file in files if file.is_file()) <= 6_000_000
+
+
+@pytest.mark.parametrize("family", COMMITTED)
 def test_a_committed_teacher_draws_what_it_is_told(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The stock pipeline on held-out captions, at the guidance that its manifest names best."""
     folder = Paths(CHECKPOINTS, Path()).flow(family)

@@ -124,10 +124,12 @@ def test_a_stage_is_skipped_until_its_recipe_or_one_below_changes(stages):
 def test_forcing_a_stage_forces_what_builds_on_it_and_removes_its_unfinished_run(stages):
     stages.go()
     runs = {stage.name: stages.paths.work / pretrain.run_name(stage) for stage in pretrain.STAGES}
-    for folder in runs.values():
+    legs = {name: folder.with_name(f"{folder.name}-7000") for name, folder in runs.items()}
+    for folder in (*runs.values(), *legs.values()):
         folder.mkdir()
     assert stages.go("--force", "b", "--only", "a") == ["b", "c"]
-    assert [name for name, folder in runs.items() if folder.exists()] == ["a"]
+    for folders in (runs, legs):
+        assert [name for name, folder in folders.items() if folder.exists()] == ["a"]
 
 
 def test_what_was_built_on_a_replaced_stage_has_no_quality(stages):
@@ -148,11 +150,12 @@ def test_an_interrupted_force_goes_on_without_it(stages, monkeypatch):
     assert stages.go() == ["b", "c"]
 
 
-def test_the_preference_tower_says_what_it_starts_from(tmp_path, capsys):
+@pytest.mark.parametrize(("stage", "maker"), [("hps", "clip"), ("flux-guidance", "flux")])
+def test_a_stage_says_where_what_it_starts_from_comes_from(stage, maker, tmp_path, capsys):
     with pytest.raises(SystemExit) as caught:
-        pretrain.main(["--out", str(tmp_path), "--work", str(tmp_path), "--force", "hps", "--only", "hps"])
+        pretrain.main(["--out", str(tmp_path), "--work", str(tmp_path), "--force", stage, "--only", stage])
     assert caught.value.code == 2
-    assert "add --force clip" in capsys.readouterr().err
+    assert f"add --force {maker}, which makes it" in capsys.readouterr().err
 
 
 def test_the_committed_models_are_of_the_recipes_that_stand_here(tmp_path):

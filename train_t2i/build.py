@@ -14,6 +14,7 @@ from torch import nn
 import rewards
 from train_t2i import base_quant
 from train_t2i.config import Config, DMDRConfig, Settings, listed, parse_resolution, resolved_layout, reward_weights
+from train_t2i.config_checks import check_shared_out
 from train_t2i.errors import UserError
 from train_t2i.families import FAMILIES, Family, family_of, load_family
 from train_t2i.initial_weights import TAKES, load_generator_weights
@@ -137,13 +138,9 @@ def assemble(
 
 def check_base_quant(run: Config, backend: str) -> None:
     """Raises UserError where the frozen weights cannot be quantised: told before anything loads."""
-    if run.base_quant == "none":
-        return
-    if backend != "ddp":
-        raise UserError(
-            f"--base-quant {run.base_quant} on {backend}: quantised weights are not shared out", "use --backend ddp"
-        )
-    base_quant.library()
+    check_shared_out(run.base_quant, backend)
+    if run.base_quant != "none":
+        base_quant.library()
 
 
 def build_method(

@@ -8,6 +8,7 @@ that ``--help`` answers at once.  ``resume`` says what a changed setting means w
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -251,6 +252,11 @@ def resolved_layout(run: Config) -> str:
 def listed(text: str) -> tuple[str, ...]:
     """A comma list's entries."""
     return tuple(entry.strip() for entry in text.split(",") if entry.strip())
+
+
+def any_of(targets: Sequence[str]) -> str:
+    """The expression that a layer's whole name matches where its end, from a dot on, matches a target."""
+    return rf"(?:.*\.)?(?:{'|'.join(targets)})"
 
 
 def reward_weights(method: DMDRConfig) -> dict[str, tuple[str | None, float]]:

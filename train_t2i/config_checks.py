@@ -8,7 +8,17 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-from train_t2i.config import LAYOUTS, Config, DMDRConfig, Settings, fields_of, listed, resolved_layout, reward_weights
+from train_t2i.config import (
+    LAYOUTS,
+    Config,
+    DMDRConfig,
+    Settings,
+    any_of,
+    fields_of,
+    listed,
+    resolved_layout,
+    reward_weights,
+)
 from train_t2i.errors import UserError
 
 Values = Any  # every setting of a run by name, its layout resolved
@@ -64,8 +74,7 @@ CONDITIONAL = (
     Acts("teacher_num_steps", lambda v: v.method != "ode", *NO_TEACHER),
     Acts("teacher_cfg", lambda v: v.method != "ode", *NO_TEACHER),
     Acts("lora_scale_f", _guidance_is_lora, "with a layout that has no guidance adapter", "choose another --layout"),
-    Acts("lora_scale_r", lambda v: v.dynamic_step > 0, "with --dynamic-step 0", "set --dynamic-step (more than one step)"),
-    Acts("dynamic_step", _few_steps, *ONE_STEP),
+    Acts("lora_scale_r", lambda v: v.dynamic_step > 0, "with --dynamic-step 0", "set --dynamic-step"),
     Acts(
         "dynamic_step",
         lambda v: v.lora_scale_r > 0 or "beta" in (v.s_type_gen, v.s_type_gui),
@@ -111,11 +120,7 @@ def check(settings: Settings) -> None:
         raise UserError(
             f"--exp-name {run.exp_name!r}: not a plain folder name", "name one folder; --output-dir says where it lies"
         )
-    if run.base_quant != "none" and run.backend in ("fsdp2", "zero2", "zero3"):
-        raise UserError(
-            f"--base-quant {run.base_quant} does not go with --backend {run.backend}: quantised weights are not shared out",
-            "use --backend ddp",
-        )
+    check_shared_out(run.base_quant, run.backend)
     _check_student(run)
     _check_targets(run.lora_targets)
     if isinstance(settings.method, DMDRConfig):
@@ -138,6 +143,15 @@ def check_bounds(name: str, value: Any, limits: Any) -> None:
         raise UserError(f"{name} {value}: must be below {limits['below']}")
     if limits["high"] is not None and value > limits["high"]:
         raise UserError(f"{name} {value}: must be at most {limits['high']}")
+
+
+def check_shared_out(base_quant: str, backend: str) -> None:
+    """Raises UserError for codes on a backend that shares weights out; ``auto`` is asked again when it is known which."""
+    if base_quant != "none" and backend in ("fsdp2", "zero2", "zero3"):
+        raise UserError(
+            f"--base-quant {base_quant} does not go with --backend {backend}: quantised weights are not shared out",
+            "use --backend ddp",
+        )
 
 
 def plain_name(name: str) -> bool:
@@ -177,11 +191,15 @@ def _check_student(run: Config) -> None:
 
 
 def _check_targets(text: str) -> None:
-    for target in listed(text):
+    """Each by itself, as a part of the expression it is used in, and beside the others."""
+    targets = listed(text)
+    for tried in (*((target,) for target in targets), targets):
         try:
-            re.compile(target)
+            for expression in (*tried, any_of(tried)):
+                re.compile(expression)
         except re.error as error:
-            raise UserError(f"--lora-targets {target}: not a regular expression ({error})", "e.g. attn.to_q") from None
+            told = f"--lora-targets {','.join(tried)}: not a regular expression for the end of a name ({error})"
+            raise UserError(told, "e.g. attn.to_q") from None
 
 
 def _check_dmdr(run: Config, method: DMDRConfig) -> None:

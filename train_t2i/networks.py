@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -20,11 +20,12 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from train_t2i.base_quant import quantize_blocks
-from train_t2i.config import LAYOUTS
+from train_t2i.config import LAYOUTS, any_of
 from train_t2i.errors import UserError
 from train_t2i.families.base import Cond, Family
 
 Role = Literal["generator", "guidance", "teacher"]
+HOSTS = (nn.Linear, nn.Conv2d, LoraLayer)  # what a LoRA sits on; the last is one of these that has an adapter
 
 
 @dataclass(frozen=True)
@@ -172,21 +173,30 @@ def lora_config(family: Family, spec: AdapterSpec) -> LoraConfig:
     )
 
 
-def any_of(targets: Sequence[str]) -> str:
-    """The expression that a layer's whole name matches where its end, from a dot on, matches a target."""
-    return rf"(?:.*\.)?(?:{'|'.join(targets)})"
+def layers_of(net: nn.Module) -> dict[str, nn.Module]:
+    """All modules inside by name, but for what lies inside a layer that has an adapter."""
+    adapted = tuple(f"{name}." for name, module in net.named_modules() if isinstance(module, LoraLayer))
+    return {name: module for name, module in net.named_modules() if name and not name.startswith(adapted)}
 
 
 def add_adapter(net: nn.Module, family: Family, adapter: str, spec: AdapterSpec) -> None:
     """Put the LoRA factors ``adapter`` on every target of ``net``, in fp32 whatever the base is kept in.
 
-    Raises UserError for a target that no layer answers to: peft itself complains only if none does.
+    Raises UserError for a target that no layer answers to (peft itself complains only if none does), or one that takes none.
     """
-    layers = [name for name, _ in net.named_modules()]
+    layers = layers_of(net)
     for target in spec.targets or family.lora_targets:
-        if not any(re.fullmatch(any_of([target]), layer) for layer in layers):
+        matched = [name for name in layers if re.fullmatch(any_of([target]), name)]
+        if not matched:
             hint = "see --lora-targets" if spec.targets else "use a model of this architecture"
             raise UserError(f"the model has no layer {target} to put a LoRA on", hint)
+        for name in matched:
+            if not isinstance(layers[name], HOSTS):
+                kind = type(layers[name]).__name__
+                raise UserError(
+                    f"--lora-targets {target}: {name} is a {kind}, which takes no LoRA",
+                    "name linear layers, e.g. attn.to_q",
+                )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # two adapters on one base are meant
         inject_adapter_in_model(lora_config(family, spec), net, adapter_name=adapter)

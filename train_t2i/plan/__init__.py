@@ -49,7 +49,7 @@ def parse_plan(arguments: Sequence[str]) -> tuple[PlanConfig, Settings]:
 
 def main(arguments: Sequence[str]) -> int:
     config, settings = parse_plan(arguments)
-    from train_t2i.build import check_base_quant, check_family_flags
+    from train_t2i.build import check_family_flags
     from train_t2i.plan.estimate import Lever, estimate, levers
     from train_t2i.plan.model import published_of
     from train_t2i.plan.page import page, told_levers
@@ -57,7 +57,6 @@ def main(arguments: Sequence[str]) -> int:
     name, published = published_of(settings.run, config.model)
     run, world = replace(settings.run, model_family=published.family), config.num_processes
     check_family_flags(run, published.family)
-    check_base_quant(run, run.backend)
     found = rehearsed(replace(settings, run=run), published, world)
     plan = estimate(run, found, world)
     print("\n".join(page(name, run, resolved_layout(run), world, found, plan)), flush=True)

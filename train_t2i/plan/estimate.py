@@ -148,7 +148,7 @@ def levers(run: Config, found: Rehearsal, world: int) -> list[Lever]:
         )
         again = f"--batch-size 1 --gradient-accumulation-steps {run.batch_size * run.gradient_accumulation_steps}"
         tried.append((again, alone))
-    if run.backend == "ddp" and world > 1:
+    if run.backend == "ddp" and world > 1 and run.base_quant == "none":  # codes are not shared out
         for backend in ("zero2", "fsdp2"):
             other = replace(run, backend=backend)
             tried.append((f"--backend {backend}", estimate(other, shared_out(found, world), world)))

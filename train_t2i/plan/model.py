@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -38,7 +40,9 @@ def published_of(run: Config, name: str | None) -> tuple[str, Published]:
     """
     wanted = None if run.model_family == "auto" else run.model_family
     if name is None and Path(run.pretrained_model).is_dir():
-        return run.pretrained_model, read_folder(Path(run.pretrained_model))
+        found = read_folder(Path(run.pretrained_model))
+        check_wanted(f"--pretrained-model {run.pretrained_model}", found.family, wanted)
+        return run.pretrained_model, found
     if name is None:
         by_hub = {p.repository: key for key, p in PUBLISHED.items() if wanted in (None, p.family)}
         default = wanted if run.pretrained_model == Config.pretrained_model else None
@@ -48,17 +52,20 @@ def published_of(run: Config, name: str | None) -> tuple[str, Published]:
             f"--pretrained-model {run.pretrained_model}: its sizes are not known here",
             f"give --model (one of {', '.join(PUBLISHED)}), or a local pipeline folder",
         )
-    found = PUBLISHED[name]
-    if wanted not in (None, found.family):
-        raise UserError(f"--model {name} is of the family {found.family}", f"leave out --family {wanted}")
-    return name, found
+    check_wanted(f"--model {name}", PUBLISHED[name].family, wanted)
+    return name, PUBLISHED[name]
+
+
+def check_wanted(model: str, family: str, wanted: str | None) -> None:
+    if wanted not in (None, family):
+        raise UserError(f"{model} is of the family {family}", f"leave out --family {wanted}")
 
 
 def read_folder(folder: Path) -> Published:
     """The configs of a diffusers pipeline folder.  Raises UserError."""
     family = family_of(str(folder))
     denoiser = FAMILIES[family].denoiser_name
-    with told(str(folder), "--pretrained-model", "a diffusers pipeline folder"):
+    with told_of(str(folder)):
         encoders = tuple(_encoder(part) for part in sorted(folder.glob("text_encoder*")) if part.is_dir())
         read = {part: _read(folder / part / "config.json") for part in (denoiser, "vae")}
         scheduler = _read(folder / "scheduler" / "scheduler_config.json")
@@ -71,8 +78,22 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _encoder(folder: Path) -> tuple[str, dict[str, Any]]:
-    config = _read(folder / "config.json")
-    return config["architectures"][0], config
+    file = folder / "config.json"
+    config = _read(file)
+    kinds = config.get("architectures") or [""]
+    if kinds[0] not in dir(transformers):
+        raise UserError(f'{file}: "architectures" names no model of transformers', "download the model again")
+    return kinds[0], config
+
+
+@contextmanager
+def told_of(model: str) -> Iterator[None]:
+    """As the loaders' own errors are told, and what a config without sense makes of lists and numbers."""
+    with told(model, "--pretrained-model", "a complete diffusers pipeline folder"):
+        try:
+            yield
+        except (LookupError, ArithmeticError) as error:
+            raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
 def empty_family(found: Published, run: Config, dtype: torch.dtype) -> Shapes:
@@ -81,18 +102,19 @@ def empty_family(found: Published, run: Config, dtype: torch.dtype) -> Shapes:
         raise UserError("--tiny-vae: Qwen-Image has no tiny decoder", "leave it out")
     kind = FAMILIES[found.family]
     make = _empty_sdxl if found.family == "sdxl" else _empty_flow
-    family: Any = make(kind, found, run, dtype)
+    with told_of(found.repository):
+        family: Any = make(kind, found, run, dtype)
+        widths = cond_widths(found)
+        num_encoder_parameters = sum(count_encoder(*encoder) for encoder in found.encoders)
     if run.tiny_vae:
         family.tiny = _empty_tiny(run, family.latent_channels)
-    length = family.text_length
 
     def encode(prompts: Sequence[str], negative: str | None = None) -> Cond:
-        rows = len(prompts)
-        cond = empty_cond(family, found, rows, length, dtype)
-        return cond if negative is None else replace(cond, negative=empty_cond(family, found, rows, length, dtype))
+        made = partial(empty_cond, family, found.family, widths, len(prompts), dtype)
+        return made() if negative is None else replace(made(), negative=made())
 
     family.encode = encode
-    return Shapes(family.to(META), sum(count_encoder(*encoder) for encoder in found.encoders))
+    return Shapes(family.to(META), num_encoder_parameters)
 
 
 def _on_meta(kind: Any, config: dict[str, Any], dtype: torch.dtype) -> Any:
@@ -109,7 +131,8 @@ def _empty_sdxl(kind: Any, found: Published, run: Config, dtype: torch.dtype) ->
     )  # fmt: skip
 
     def load(dtype: torch.dtype) -> Any:
-        return _on_meta(diffusers.UNet2DConditionModel, found.denoiser, dtype)
+        with told_of(found.repository):
+            return _on_meta(diffusers.UNet2DConditionModel, found.denoiser, dtype)
 
     return kind(pipe, load, shift=run.shift or 1.0, checkpoint_decoder=run.gradient_checkpointing)
 
@@ -139,23 +162,30 @@ def _empty_tiny(run: Config, latent_channels: int) -> Any:
     return tiny
 
 
-def empty_cond(family: Any, found: Published, rows: int, length: int, dtype: torch.dtype) -> Cond:
-    """What ``rows`` prompts of ``length`` tokens, the longest, become."""
-    config = found.denoiser
+def cond_widths(found: Published) -> tuple[int, int | None]:
+    """(of a text token, of the pooled vector), as the denoiser's config has them.  Raises ValueError where it has not."""
 
-    def made(*shape: int) -> torch.Tensor:
-        return torch.empty(rows, *shape, dtype=dtype, device=META)
+    def width(name: str) -> int:
+        value = found.denoiser.get(name)
+        if not isinstance(value, int):
+            raise ValueError(f"its denoiser's config says no {name}")
+        return value
 
     if found.family == "sdxl":
-        sizes = 6 * config["addition_time_embed_dim"]  # size ids (B, 6)
-        width = config["projection_class_embeddings_input_dim"] - sizes
-        return Cond(made(length, config["cross_attention_dim"]), made(width))
-    if found.family == "sd3":  # CLIP's 77 tokens stand before T5's
-        return Cond(made(77 + length, config["joint_attention_dim"]), made(config["pooled_projection_dim"]))
-    if found.family == "flux":
-        cond = Cond(made(length, config["joint_attention_dim"]), made(config["pooled_projection_dim"]))
-        return family.told_guidance(cond, family.options.guidance)
-    return Cond(made(length, config["joint_attention_dim"]))
+        sizes = 6 * width("addition_time_embed_dim")  # size ids (B, 6)
+        return width("cross_attention_dim"), width("projection_class_embeddings_input_dim") - sizes
+    return width("joint_attention_dim"), None if found.family == "qwen_image" else width("pooled_projection_dim")
+
+
+def empty_cond(family: Any, name: str, widths: tuple[int, int | None], rows: int, dtype: torch.dtype) -> Cond:
+    """What ``rows`` prompts become, each as long as the longest."""
+    length = family.text_length + (77 if name == "sd3" else 0)  # CLIP's 77 tokens stand before T5's
+    tokens, pooled = widths
+    cond = Cond(
+        torch.empty(rows, length, tokens, dtype=dtype, device=META),
+        None if pooled is None else torch.empty(rows, pooled, dtype=dtype, device=META),
+    )
+    return family.told_guidance(cond, family.options.guidance) if name == "flux" else cond
 
 
 def count_encoder(kind: str, config: dict[str, Any]) -> int:
