@@ -10,8 +10,6 @@ FAMILIES="${FAMILIES:-sd3 flux qwen_image}"
 # shellcheck source=scripts/tiny_world.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/tiny_world.sh"
 
-COLD=100 DMDR=300 # steps at which the stages end
-
 teacher_of() { # FAMILY: the flags of its teacher
   case "$1" in
     sd3) printf '%s\n' --pretrained-model "$CHECKPOINTS/tiny-sd3" --teacher-cfg 2 --text-length 32 ;;
@@ -21,12 +19,11 @@ teacher_of() { # FAMILY: the flags of its teacher
   esac
 }
 
-distil() { # LAUNCHER'S NAME: a cold start, DMD with rewards, a row of the table for each
-  local name="$1" from
-  from="$WORK/cold-$name/checkpoints/torch_units/step-$COLD.pt"
-  stage "cold-$name" train "cold_start_$name" "cold-$name" --max-train-steps "$COLD" --cold-start-iter "$COLD"
-  RESUME_CKPT="$from" stage "dmdr-$name" train "dmdr_${name}_refl" "dmdr-$name" --max-train-steps "$DMDR"
-  stage "evaluate-$name" evaluate "cold-$name,dmdr-$name" "$WORK/cold-$name" "$WORK/dmdr-$name"
+distil() { # LAUNCHER'S NAME: a cold start, DMD with rewards from where it ends, a row of the table for each
+  local cold="cold_start_$1" dmdr="dmdr_$1_refl"
+  stage "$cold" train "$cold" "$cold"
+  stage "$dmdr" train "$dmdr" "$dmdr"
+  stage "evaluate-$1" evaluate "cold-$1,dmdr-$1" "$WORK/$cold" "$WORK/$dmdr"
 }
 
 stage scenes scenes
@@ -39,7 +36,7 @@ for family in $FAMILIES; do
   if [[ "$family" == sd3 ]]; then names=(sd3); else names=("${family}_4step" "${family}_2step"); fi
   for name in "${names[@]}"; do
     distil "$name"
-    runs+=("$WORK/cold-$name" "$WORK/dmdr-$name")
+    runs+=("$WORK/cold_start_$name" "$WORK/dmdr_${name}_refl")
   done
 done
 stage report "$PYTHON" -m train_t2i report "${runs[@]}" --table "$TABLE" --out "$WORK/report"
