@@ -120,11 +120,24 @@ def test_a_prune_that_was_killed_after_the_last_step_is_done_by_the_next_start(t
 # -- signals ---------------------------------------------------------------------------------------------------------
 
 
+def slow_rollouts() -> None:
+    from train_t2i.methods import DMDR
+
+    rollout = DMDR.rollout
+
+    def slow(self, *arguments):
+        time.sleep(0.3)
+        return rollout(self, *arguments)
+
+    DMDR.rollout = slow
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_runs_on_to_the_step_boundary_saves_and_can_be_resumed(trainer, number):
     flags = "--batch-size 1 --max-train-steps 3 --ratio-update 4 --auto-resume"
     whole = trainer.run("whole", flags)
-    child, run = start(trainer, "run", flags), trainer.root / "run"
+    # slow, so that on a busy machine too the signal comes before the end
+    child, run = start(trainer, "run", flags, before=slow_rollouts), trainer.root / "run"
     until(child, lambda: ticks(run) >= 1)
     child.send(number)
     assert child.ends() == EXIT_PREEMPTED, child.said()
@@ -139,18 +152,6 @@ def test_a_signal_runs_on_to_the_step_boundary_saves_and_can_be_resumed(trainer,
     again = trainer.run("run", flags)
     tiny.assert_same_checkpoint(whole, again, 3)
     tiny.assert_same_logs(whole, again)
-
-
-def slow_rollouts() -> None:
-    from train_t2i.methods import DMDR
-
-    rollout = DMDR.rollout
-
-    def slow(self, *arguments):
-        time.sleep(0.3)
-        return rollout(self, *arguments)
-
-    DMDR.rollout = slow
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
