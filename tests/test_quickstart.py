@@ -122,6 +122,6 @@ def test_the_families_are_driven_by_the_bash_of_macos(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     stages = re.findall(r"^== (\S+): \d+ s$", done.stdout, re.MULTILINE)
-    assert stages == ["scenes", "evaluate-teacher-sd3", "cold-sd3", "dmdr-sd3", "evaluate-sd3", "report"]
+    assert stages == ["scenes", "evaluate-teacher-sd3", "cold_start_sd3", "dmdr_sd3_refl", "evaluate-sd3", "report"]
     teacher = f"evaluate --teacher --pretrained-model {ROOT}/checkpoints/tiny-sd3 --teacher-cfg 2 --text-length 32 "
     assert teacher in done.stdout
