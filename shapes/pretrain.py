@@ -6,7 +6,7 @@
 
 A stage whose output exists with the digest of its recipe (and of the recipes it builds on) is skipped, so an interrupted run goes
 on where it stopped when it is started without --force, which begins anew each time.  `checkpoints/tiny-recipes.json` keeps the
-digests, the seconds and the measured quality.
+digests, the seconds of the start that finished, and the measured quality.
 """
 
 from __future__ import annotations
