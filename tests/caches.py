@@ -10,11 +10,25 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
+from train_t2i import build
+from train_t2i.cache import main
 from train_t2i.families.base import Cond
 from train_t2i.mapped import replacing
+
+
+def make_cache(root: Path, prompts: Sequence[str], family: FakeText, shard_size: int) -> Path:
+    """The folder of a cache of ``prompts``, encoded one by one by ``family``."""
+    (root / "p.txt").write_text("\n".join(prompts) + "\n")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(build, "build_family", lambda run, dtype: family)
+        patched.setattr(os, "fsync", lambda descriptor: None)
+        flags = ["--family", "sdxl", "--mixed-precision", "bf16", "--shard-size", str(shard_size), "--batch-size", "1"]
+        assert main(["--out", str(root / "out"), "--data-path-train", str(root / "p.txt"), *flags]) == 0
+    return root / "out"
 
 
 class FakeText:

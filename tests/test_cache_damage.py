@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,10 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from caches import FakeText, flip
+from caches import FakeText, flip, make_cache
 
-from train_t2i import build
-from train_t2i.cache import main
 from train_t2i.errors import UserError
 from train_t2i.mapped import Mapped, write_arrays
 from train_t2i.prompt_cache import EMPTY, INDEX, RECORD, CachedText, Embedding, PromptCache, shard_name
@@ -27,14 +24,7 @@ SHARD = shard_name(0)
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """10 prompts, one of them twice, in shards of 4."""
-    root = tmp_path_factory.mktemp("damage")
-    (root / "p.txt").write_text("\n".join(ROWS) + "\n")
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(build, "build_family", lambda run, dtype: FakeText(masks=True, pooled=3, width=4))
-        patched.setattr(os, "fsync", lambda descriptor: None)
-        flags = ["--family", "sdxl", "--mixed-precision", "bf16", "--shard-size", "4", "--batch-size", "1"]
-        assert main(["--out", str(root / "out"), "--data-path-train", str(root / "p.txt"), *flags]) == 0
-    return root / "out"
+    return make_cache(tmp_path_factory.mktemp("damage"), ROWS, FakeText(masks=True, pooled=3, width=4), shard_size=4)
 
 
 @pytest.fixture

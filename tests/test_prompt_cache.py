@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,12 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from caches import FakeText, flip
+from caches import FakeText, flip, make_cache
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train_t2i import build, prompt_cache
-from train_t2i.cache import main
+from train_t2i import prompt_cache
 from train_t2i.errors import EXIT_USER, UserError
 from train_t2i.mapped import Mapped, write_arrays
 from train_t2i.packing import STORES, Layout, pack, scales_of, unpack
@@ -35,14 +33,7 @@ def family(request: pytest.FixtureRequest) -> FakeText:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, family: FakeText) -> Path:
     """30 prompts in shards of 8, encoded one by one."""
-    root = tmp_path_factory.mktemp("cache")
-    (root / "p.txt").write_text("\n".join([*TEXTS, TEXTS[3]]) + "\n")
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(build, "build_family", lambda run, dtype: family)
-        patched.setattr(os, "fsync", lambda descriptor: None)
-        given_flags = ["--family", "sdxl", "--mixed-precision", "bf16", "--shard-size", "8", "--batch-size", "1"]
-        assert main(["--out", str(root / "out"), "--data-path-train", str(root / "p.txt"), *given_flags]) == 0
-    return root / "out"
+    return make_cache(tmp_path_factory.mktemp("cache"), [*TEXTS, TEXTS[3]], family, shard_size=8)
 
 
 @pytest.fixture
