@@ -53,12 +53,12 @@ def test_prompts_of_the_sample_images(refused, tmp_path):
 
 
 def test_data_of_the_other_methods(refused, tmp_path, prompts_file):
-    assert "not a pairs folder" in refused(f"--data-path-train {tmp_path}", "ode")
+    assert "not a pairs folder" in refused(f"--data-path-train {tmp_path}", "direct")
     assert "is not a table" in refused(f"--data-path-train {prompts_file}", "sft")
 
 
 def test_pairs_of_another_size(refused):
-    assert "latents of shape (4, 4, 4), this run needs (4, 8, 8)" in refused("--resolution 64", "ode", loads=True)
+    assert "latents of shape (4, 4, 4), this run needs (4, 8, 8)" in refused("--resolution 64", "direct", loads=True)
 
 
 def test_models(refused, tmp_path):

@@ -69,9 +69,9 @@ def test_a_run_from_the_cache_is_the_run_with_encoders(trainer, make, monkeypatc
     assert "not compared" not in said
 
 
-@pytest.mark.parametrize("method", ["sft", "ode"])
+@pytest.mark.parametrize("method", ["sft", "direct"])
 def test_other_methods_train_from_a_cache_of_their_tables(trainer, make, images_table, pairs_folder, method) -> None:
-    data = {"sft": images_table, "ode": pairs_folder / "metadata.csv"}[method]
+    data = {"sft": images_table, "direct": pairs_folder / "metadata.csv"}[method]
     folder = make(f"--data-path-train {data}")
     online = trainer.run("online", "--batch-size 1", method)
     cached = trainer.run("cached", f"--batch-size 1 --prompt-cache {folder}", method)

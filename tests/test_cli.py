@@ -151,7 +151,7 @@ def test_yaml_gives_defaults_and_flags_win(tmp_path):
 def test_yaml_may_choose_the_method(tmp_path):
     file = settings_file(tmp_path, "method: sft\ncaption_dropout: 0.2\n")
     assert parse(["--config", file]).method.caption_dropout == 0.2
-    assert parse(["--config", settings_file(tmp_path, "method: sft\n"), "--method", "ode"]).run.method == "ode"
+    assert parse(["--config", settings_file(tmp_path, "method: sft\n"), "--method", "direct"]).run.method == "direct"
     assert parse(["--config", settings_file(tmp_path, "")]) == dataclasses.replace(
         parse([]), run=dataclasses.replace(Config(), config=str(tmp_path / "settings.yaml"))
     )
@@ -186,12 +186,12 @@ def test_a_yaml_file_that_is_not_there():
 
 DRY_RUNS = [
     ["--method", "sft", "--lr-scheduler", "cosine", "--exp-name", "naïve: 1", "--resolution", "64x32", "--seed", "3"],
-    ["--method", "ode", "--use-lora-gen", "--sample-num-steps", "4", "--shift", "2.5", "--adam-epsilon", "1e-12"],
+    ["--method", "direct", "--use-lora-gen", "--sample-num-steps", "4", "--shift", "2.5", "--adam-epsilon", "1e-12"],
     ["--hpsv2-reward-model", "a b", "--magic-prompt=", "--negative-prompt", "- no: 'x'", "--exp-name", "null"],
 ]
 
 
-@pytest.mark.parametrize("flags", DRY_RUNS, ids=["sft", "ode", "dmdr"])
+@pytest.mark.parametrize("flags", DRY_RUNS, ids=["sft", "direct", "dmdr"])
 def test_a_dry_run_prints_the_settings_of_the_same_run(tmp_path, capsys, flags):
     """The printout, given as --config, trains what was rehearsed."""
     assert main(["train", *flags, "--dry-run"]) == EXIT_DONE

@@ -22,7 +22,7 @@ REWARDED = "--lora-rank 2 --cfg-r 3 --cold-start-iter 0 --clip-reward-model {cli
 CASES = {
     "dmdr-1": REWARDED + " --use-lora-gen",
     "dmdr-4": "--sample-num-steps 4 --dynamic-step 9 --lora-scale-r 0.5 --s-type-gui beta --gui-a 4 " + REWARDED,
-    "ode": "--method ode",
+    "direct": "--method direct",
     "sft": "--method sft --caption-dropout 0.5",
 }
 

@@ -168,6 +168,6 @@ def test_quantised_weights_are_refused_on_the_backend_of_the_launchers_config(tr
 def test_eight_bit_adam_names_what_it_needs(trainer, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # as if the extra were not installed
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
-    ended = trainer.ends("run", "--use-8bit-adam", "ode")
+    ended = trainer.ends("run", "--use-8bit-adam", "direct")
     assert ended.code == EXIT_USER
     assert "--use-8bit-adam needs bitsandbytes" in ended.err

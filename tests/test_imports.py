@@ -61,6 +61,7 @@ ANNEXES = {
     "tables": "data",
     "prompts": "data",
     "hub": "data",
+    "pair_data": "data",
     "mapped": "prompt_cache",
     "packing": "prompt_cache",
     "prompt_index": "prompt_cache",
@@ -70,7 +71,7 @@ ANNEXES = {
 LIBRARIES = {
     "errors": set(),
     "config": {"yaml"},
-    "data": {"torch", "numpy", "PIL", "pyarrow", "xxhash", "tqdm", "datasets"},
+    "data": {"torch", "numpy", "PIL", "pyarrow", "xxhash", "tqdm", "datasets", "safetensors"},
     "losses": {"torch"},
     "schedule": {"torch"},
     "randomness": {"torch", "numpy"},

@@ -191,7 +191,7 @@ def test_a_key_is_one_of_the_wandb_service(wandb_offline, tmp_path):
 )
 def test_wandb_that_cannot_start_is_one_line(trainer, wandb_offline, name, value, said):
     wandb_offline.setenv(name, value)
-    ended = trainer.ends("run", "--report-to wandb", "ode")
+    ended = trainer.ends("run", "--report-to wandb", "direct")
     assert ended.code == EXIT_USER
     told = ended.err[ended.err.index("error: --report-to wandb:") :]
     assert said in told

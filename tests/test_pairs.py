@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import shlex
 import shutil
 from pathlib import Path
@@ -17,6 +16,8 @@ from train_t2i.__main__ import main
 from train_t2i.config import Config
 from train_t2i.data import Order
 from train_t2i.errors import EXIT_DONE, EXIT_USER, UserError
+from train_t2i.pair_data import Wanted, open_pairs
+from train_t2i.text_key import denoiser_digest
 
 FLAGS = "--count 8 --num-inference-steps 2 --cfg-scale 2 --resolution 32 --shard-size 3 --batch-size 2"
 
@@ -60,16 +61,19 @@ def test_a_row_says_how_its_latent_was_made(whole, prompts_file, sdxl_folder):
     with open(whole / "metadata.csv", encoding="utf-8", newline="") as file:
         header, *rows = csv.reader(file)
     assert header[:6] == ["image", "prompt", "seed", "rand_device", "num_inference_steps", "cfg_scale"]
-    assert header[6:] == ["height", "width"]
+    assert header[6:] == ["height", "width", "teacher_num_inference_steps", "teacher_cfg_scale", "model"]
     lines, order = prompts_file.read_text().splitlines(), Order(len(prompts_file.read_text().splitlines()), 30)
-    assert rows == [["", lines[order.index_at(i)], str(30 + i), "cpu", "2", "2.0", "32", "32"] for i in range(8)]
+    told = ["cpu", "1", "1", "32", "32", "2", "2.0", denoiser_digest(str(sdxl_folder), "unet")]
+    assert rows == [["", lines[order.index_at(i)], str(30 + i), *told] for i in range(8)]
     shards = [load_file(whole / f"latents-0000{i}.safetensors")["latents"] for i in range(3)]
     assert [len(shard) for shard in shards] == [3, 3, 2]
     config = Config(pretrained_model=str(sdxl_folder), resolution="32", mixed_precision="no")
     made = student.load_teacher(config, 2, 2.0).latents([row[1] for row in rows], [int(row[2]) for row in rows])
     torch.testing.assert_close(torch.cat(shards), made, rtol=1e-4, atol=1e-4)
-    store = pairs.PairStore(str(whole))
-    assert [(pair.prompt, pair.seed) for pair in (store[i] for i in range(8))] == [(r[1], int(r[2])) for r in rows]
+    store = open_pairs(str(whole), Wanted((32, 32)))
+    assert [(item["prompt"], item["seed"]) for item in (store[i] for i in range(8))] == [
+        (r[1], int(r[2])) for r in rows
+    ]
 
 
 # -- going on --------------------------------------------------------------------------------------------------------
@@ -87,7 +91,7 @@ def test_a_stopped_run_goes_on_with_the_same_command(make, whole, tmp_path, monk
     monkeypatch.setattr(pairs, "write_shard", stop_at_the_second)
     with pytest.raises(KeyboardInterrupt):
         make(out, "--images")
-    assert sorted(path.name for path in out.iterdir()) == ["images", "latents-00000.safetensors", "pairs.json"]
+    assert sorted(path.name for path in out.iterdir()) == [".lock", "images", "latents-00000.safetensors", "pairs.json"]
     made = []
 
     def counted(config, model, prompts, rows, bar):
@@ -135,14 +139,6 @@ def test_other_prompts_under_the_same_name_are_refused(make, prompts_file, tmp_p
     assert make(out, prompts=mine)[0] == EXIT_DONE
 
 
-def test_a_folder_without_a_digest_trains_but_is_not_gone_on_with(make, whole):
-    settings = json.loads((whole / "pairs.json").read_text())
-    del settings["prompts_digest"]
-    (whole / "pairs.json").write_text(json.dumps(settings))
-    assert len(pairs.PairStore(str(whole))) == 8
-    one_line(make(whole), "before its prompts were noted")
-
-
 def test_other_settings_are_refused(make, whole):
     one_line(make(whole, "--cfg-scale 3"), "cfg_scale: then 2.0, now 3.0")
     assert make(whole, "--batch-size 5")[0] == EXIT_DONE
@@ -176,7 +172,7 @@ def test_a_folder_that_cannot_be_used_is_one_line(trainer, pairs_folder, tmp_pat
     folder = tmp_path / "garbage"
     shutil.copytree(pairs_folder, folder)
     (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
-    ended = trainer.ends("run", f"--data-path-train {folder}", "ode")
+    ended = trainer.ends("run", f"--data-path-train {folder}", "direct")
     one_line((ended.code, ended.err), said)
 
 
@@ -195,6 +191,6 @@ def test_a_row_without_a_latent_is_one_line(pairs_folder, tmp_path):
     folder = tmp_path / "short"
     shutil.copytree(pairs_folder, folder)
     with open(folder / "metadata.csv", "a") as file:
-        file.write(",one more,38,cpu,2,2.0,32,32\r\n")
+        file.write(",one more,38,cpu,1,1,32,32,2,2.0,\r\n")
     with pytest.raises(UserError, match="latents-00002"):
-        pairs.PairStore(str(folder))[8]
+        open_pairs(str(folder), Wanted((32, 32)))[8]

@@ -16,8 +16,8 @@ from train_t2i.resume import kept_batch
 
 
 CASES = {
-    "ode": ("ode", "--sample-num-steps 2"),
-    "ode-lora": ("ode", "--use-lora-gen --lora-rank 2 --gradient-accumulation-steps 2"),
+    "direct": ("direct", "--sample-num-steps 2"),
+    "direct-lora": ("direct", "--use-lora-gen --lora-rank 2 --gradient-accumulation-steps 2"),
     "sft": ("sft", "--caption-dropout 0.5 --cache-rows --lr-scheduler cosine --lr-warmup-steps 2"),
     # cold start to step 2, rewards from then on
     "paired": ("dmdr", RL),
@@ -132,10 +132,10 @@ def test_continuing_needs_the_same_settings(trainer, first):
         ("--learning-rate-gen 2e-3", "learning_rate_gen: checkpoint=0.001 now=0.002"),
         ("--ratio-update 3", "ratio_update"),
         ("--seed 31", "seed"),
-        ("--method ode", "method: checkpoint='dmdr' now='ode'"),
+        ("--method direct", "method: checkpoint='dmdr' now='direct'"),
         ("--lr-scheduler cosine --max-train-steps 9", "lr_scheduler"),
     ):
-        method = "ode" if "ode" in more else "dmdr"
+        method = "direct" if "direct" in more else "dmdr"
         ended = trainer.ends("first", f"--batch-size 1 --auto-resume {more}", method)
         assert ended.code == EXIT_USER, more
         assert named in ended.err
@@ -188,7 +188,7 @@ def test_a_global_batch_that_cannot_be_kept_is_refused_with_what_can(world, flag
 
 
 def test_a_run_without_a_guidance_network_cannot_be_continued_by_dmdr_but_can_start_it(trainer):
-    ode = trainer.run("ode", "", "ode")
+    ode = trainer.run("direct", "", "direct")
     ended = trainer.ends("cold", f"--resume-ckpt {record(ode, 2)}")
     assert ended.code == EXIT_USER
     assert "no guidance network" in ended.err

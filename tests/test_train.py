@@ -125,7 +125,7 @@ def test_a_finished_run_is_left_as_it_is(trainer, first):
 )
 def test_when_checkpoints_are_saved(trainer, more, steps):
     """The last step always is."""
-    run = trainer.run("run", f"--max-train-steps 3 --batch-size 1 {more}", "ode")
+    run = trainer.run("run", f"--max-train-steps 3 --batch-size 1 {more}", "direct")
     assert RunFolder(run).steps() == steps
     assert all(RunFolder(run).damage(record(run, step)) is None for step in steps)
 
@@ -142,17 +142,17 @@ def test_minutes_count_from_the_last_save(trainer, monkeypatch):
         flush(self, *counters)
 
     monkeypatch.setattr(log.RunLog, "flush", forty_seconds_later)
-    made = trainer.run("run", "--max-train-steps 5 --batch-size 1 --checkpoint-minutes 1", "ode")
+    made = trainer.run("run", "--max-train-steps 5 --batch-size 1 --checkpoint-minutes 1", "direct")
     assert RunFolder(made).steps() == [5, 4, 2]
 
 
 def test_the_logs_of_a_first_attempt_that_saved_nothing_are_cut(trainer):
-    whole = trainer.run("whole", "--max-train-steps 2", "ode")
+    whole = trainer.run("whole", "--max-train-steps 2", "direct")
     logs = trainer.root / "again" / "loss_logs"
     logs.mkdir(parents=True)
     shutil.copy(whole / "loss_logs" / "loss_gen_log.jsonl", logs)
     (logs / "loss_gui_log.jsonl").write_text('{"tick": 1')
-    again = trainer.run("again", "--max-train-steps 2 --auto-resume", "ode")
+    again = trainer.run("again", "--max-train-steps 2 --auto-resume", "direct")
     tiny.assert_same_logs(whole, again)
 
 
@@ -198,7 +198,7 @@ def test_sheets_have_the_same_noise_and_prompts_every_time_and_the_teacher_besid
 
 def test_sheets_of_methods_without_a_teacher_and_prompts_of_ones_own(trainer, tmp_path):
     (tmp_path / "own.txt").write_text("one\n\ntwo\nthree\n")
-    run = trainer.run("run", f"--sample-steps 1 --sample-prompts {tmp_path / 'own.txt'} --max-train-steps 1", "ode")
+    run = trainer.run("run", f"--sample-steps 1 --sample-prompts {tmp_path / 'own.txt'} --max-train-steps 1", "direct")
     sheet = run / "samples" / "step 1"
     assert (sheet / "prompts.txt").read_text() == "one\ntwo\n"
     assert Image.open(sheet / "grid.png").size == (2 * 34 + 2, 34 + 2)

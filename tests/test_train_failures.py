@@ -92,7 +92,7 @@ def test_a_disk_that_fills_up_in_a_log_ends_in_one_line(trainer, monkeypatch):
         raise OSError(28, os.strerror(28))
 
     monkeypatch.setattr("train_t2i.log.RunLog._write", full)
-    ended = trainer.ends("run", "", "ode")
+    ended = trainer.ends("run", "", "direct")
     assert ended.code == EXIT_DISK
     assert "No space left on device" in ended.err
     assert "Traceback" not in ended.err
@@ -104,7 +104,7 @@ def test_an_error_of_ours_is_not_hidden(trainer, monkeypatch):
 
     monkeypatch.setattr("train_t2i.log.RunLog._write", wrong)
     with pytest.raises(OSError, match="something else"):
-        trainer.ends("run", "", "ode")
+        trainer.ends("run", "", "direct")
     assert (trainer.root / "run" / ".exit_code").read_text() == "-1\n"
 
 

@@ -18,7 +18,7 @@ def flags_of(root: Path, sdxl: Path, tiny_vae: Path, prompts: Path, images: Path
         "--checkpoint-steps 0 --max-train-steps 2",
         "dmdr": f"--method dmdr --data-path-train {prompts} --lora-rank 2 --learning-rate-gui 1e-3 --ratio-update 2 "
         "--cold-start-iter 1000 --cfg-r 3 --teacher-num-steps 2",
-        "ode": f"--method ode --data-path-train {pairs}",
+        "direct": f"--method direct --data-path-train {pairs}",
         "sft": f"--method sft --data-path-train {images} --teacher-num-steps 2 --num-workers 0",
         "rewards": f"--tiny-vae {tiny_vae}",
     }

@@ -14,7 +14,7 @@ VERBS = {
     "sample": "images from a run, a step of it, or the teacher",
     "evaluate": "score models on prompts: adherence, rewards, Frechet distance, recall",
     "cache": "encode every prompt once, so that training needs no text encoder (--prompt-cache)",
-    "pairs": "write (noise, prompt, teacher latent) pairs for --method ode",
+    "pairs": "write (noise, prompt, teacher latent) pairs for --method direct",
     "export": "a run's generator as a diffusers pipeline",
     "report": "one HTML page and plots from runs",
     "plan": "what a run will take on each device, without one (--model, --num-processes, and the flags of train)",

@@ -9,11 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import rewards
 from train_t2i import base_quant
-from train_t2i.config import Config, DMDRConfig, Settings, listed, parse_resolution, resolved_layout, reward_weights
+from train_t2i.config import (
+    Config,
+    DirectConfig,
+    DMDRConfig,
+    Settings,
+    listed,
+    parse_resolution,
+    resolved_layout,
+    reward_weights,
+)
 from train_t2i.config_checks import check_shared_out
 from train_t2i.errors import UserError
 from train_t2i.families import FAMILIES, Family, family_of, load_family
@@ -149,6 +158,7 @@ def build_method(
     device: torch.device,
     terms: tuple[RewardTerm, ...],
     *,
+    features: Callable[[Tensor], Tensor] | None = None,
     calls_need_all: bool = False,
 ) -> Method:
     run, family = settings.run, networks.family
@@ -160,6 +170,7 @@ def build_method(
         seed=run.seed,
         device=device,
         rewards=terms,
+        features=features,
         sample_type=run.sample_type,
         calls_need_all=calls_need_all,
     )
@@ -181,8 +192,11 @@ def reward_files(config: Any) -> dict[str, str]:
 
 def check_rewards(config: Any) -> list[str]:
     """Look at every reward's file, also of those that this run never reaches; lines that say what was found."""
+    files = [(f"reward {name}", name, path) for name, path in reward_files(config).items()]
+    if isinstance(config, DirectConfig) and config.feature_model:
+        files.append(("features", "clip", config.feature_model))
     try:
-        return [f"reward {name}: {rewards.inspect_weights(name, path)}" for name, path in reward_files(config).items()]
+        return [f"{role}: {rewards.inspect_weights(name, path)}" for role, name, path in files]
     except rewards.RewardError as error:
         raise UserError(str(error)) from None
 
@@ -202,15 +216,28 @@ def semantic_relative(tower: Any, config: DMDRConfig, seed: int) -> rewards.Rewa
     return SemanticRelative(tower, *words, k=config.srpo_k, seed=seed)
 
 
+def build_tower(name: str, path: str, dtype: torch.dtype, device: torch.device, checkpointing: bool) -> Any:
+    try:
+        return rewards.REWARDS[name](path, dtype=dtype, device=device, checkpointing=checkpointing)
+    except rewards.RewardError as error:
+        raise UserError(str(error)) from None
+
+
+def build_features(
+    config: Any, dtype: torch.dtype, device: torch.device, checkpointing: bool
+) -> Callable[[Tensor], Tensor] | None:
+    """What compares the student's images with the teacher's, where a run has it."""
+    if not isinstance(config, DirectConfig) or not config.feature_model:
+        return None
+    return build_tower("clip", config.feature_model, dtype, device, checkpointing).encode_images
+
+
 def build_rewards(
     config: Any, dtype: torch.dtype, device: torch.device, checkpointing: bool, seed: int
 ) -> tuple[RewardTerm, ...]:
     terms = []
     for name, path in reward_files(config).items():
-        try:
-            score: Any = rewards.REWARDS[name](path, dtype=dtype, device=device, checkpointing=checkpointing)
-        except rewards.RewardError as error:
-            raise UserError(str(error)) from None
+        score = build_tower(name, path, dtype, device, checkpointing)
         short = {"clip": "clip", "hpsv2": "hps"}[name]
         prefix = config.magic_prompt if name == "hpsv2" and not config.srpo else ""
         if name == "hpsv2" and config.srpo:

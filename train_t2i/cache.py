@@ -13,7 +13,7 @@ import dataclasses
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from train_t2i.cli import parse_verb
 from train_t2i.config import Config, fields_of, flag
 from train_t2i.errors import EXIT_DISK, EXIT_DONE, EXIT_PREEMPTED, UserError
+from train_t2i.shares import Share, cannot_be_written, locked
 
 if TYPE_CHECKING:
     import torch
@@ -51,22 +52,6 @@ class CacheConfig:
     mixed_precision: str = flag(
         "fp16", "number format of the text encoders, as train's", choices=("no", "fp16", "bf16")
     )
-
-
-@dataclass(frozen=True)
-class Share:
-    """This process among those of the launch."""
-
-    rank: int
-    world: int
-
-    @staticmethod
-    def of_environment() -> Share:
-        return Share(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
 
 
 @dataclass
@@ -152,30 +137,6 @@ def check_folder(job: Job) -> None:
             file.write((json.dumps(job.record, indent=1, ensure_ascii=False) + "\n").encode())
     if job.share.is_main and not (job.folder / INDEX).exists():
         job.index.write(job.folder / INDEX)
-
-
-@contextlib.contextmanager
-def locked(folder: Path, share: Share) -> Iterator[None]:
-    """One launch a folder: its main process holds the lock.
-
-    The others of a launch that is refused may get to work before they are ended: they harm nobody's files.
-    """
-    from train_t2i import storage
-    from train_t2i.mapped import sweep
-
-    storage.make_folder(folder)
-    sweep(folder)
-    if not share.is_main:
-        yield
-        return
-    try:
-        held = storage.take_lock(folder / ".lock")
-    except UserError as error:
-        raise UserError(error.message, "wait for it or stop it, or choose another --out", error.exit_code) from None
-    try:
-        yield
-    finally:
-        storage.release_lock(held)
 
 
 # ==== encoding ======================================================================================================
@@ -276,7 +237,7 @@ def encode_all(job: Job) -> None:
     from train_t2i.prompt_cache import EMPTY, shard_name
 
     def is_mine(shard: int) -> bool:
-        return shard % job.share.world == job.share.rank and not (job.folder / shard_name(shard)).exists()
+        return job.share.takes(shard) and not (job.folder / shard_name(shard)).exists()
 
     size, unique = job.config.shard_size, job.index.unique
     mine = {shard for shard in range(-(-unique // size)) if is_mine(shard)}
@@ -319,11 +280,7 @@ def main(arguments: Sequence[str]) -> int:
             encode_all(job)
             print(summary(job) or f"{folder}: process {share.rank} of {share.world} is done")
     except OSError as error:
-        raise UserError(
-            f"--out {folder}: cannot be written ({error.strerror or error})",
-            "make room and run the same command",
-            EXIT_DISK,
-        ) from None
+        raise cannot_be_written(folder, error) from None
     except KeyboardInterrupt:
         raise UserError("stopped", "the same command goes on with it", EXIT_PREEMPTED) from None
     return EXIT_DONE

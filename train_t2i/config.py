@@ -34,7 +34,7 @@ def flag(
 
 
 FAMILY_NAMES = ("sdxl", "sd3", "flux", "qwen_image")
-METHOD_NAMES = ("dmdr", "ode", "sft")
+METHOD_NAMES = ("dmdr", "direct", "sft")
 TIME_KINDS = ("uniform", "beta", "logit_normal")
 BASE_QUANTS = ("fp8", "int8", "nf4")
 # layout -> role -> (module, its adapter)
@@ -94,7 +94,7 @@ class Config:
     data_path_train: str = flag(
         "t2i-2m-filtered-prompts.txt",
         "prompts: txt, csv, tsv, jsonl, json or parquet; several with commas, a glob, a folder of them, or a dataset of the "
-        "hub: hub:ORG/NAME[:SPLIT][:COLUMN] (ode: a pairs folder; sft: an image table)",
+        "hub: hub:ORG/NAME[:SPLIT][:COLUMN] (direct: a pairs folder or an image table with seeds; sft: an image table)",
     )
     prompt_cache: str | None = flag(
         None, "folder that the cache verb made from the same prompts: no text encoder is loaded", resume="warn"
@@ -183,8 +183,32 @@ class DMDRConfig:
 
 
 @dataclass(frozen=True)
-class ODEConfig:
-    """Regression on (noise, prompt, teacher latent) pairs; it has no setting of its own."""
+class DirectConfig:
+    """Regression of the student's whole sampler on the teacher's results, from the same seeded noise."""
+
+    step_checkpointing: bool = flag(
+        False,
+        "keep only the latents between the student's steps and make each step's calls anew in backward",
+        resume="warn",
+    )
+    backprop_steps: int = flag(0, "steps that the gradient goes back through, from the last; 0: all", low=0)
+    huber_delta: float = flag(0.0, "differences above this count linearly (Huber); 0: mean squared error", low=0)
+    states_weight: float = flag(
+        0.0,
+        "weight of the latents between the steps, where the data has the teacher's (pairs --student-num-steps)",
+        low=0,
+    )
+    feature_model: str | None = flag(
+        None, "CLIP tower (weights file or folder) whose view of the images is compared too"
+    )
+    feature_weight: float = flag(0.1, "weight of 1 - cosine of its features", low=0)
+    max_row_steps: int = flag(
+        0, "take each row's num_inference_steps, up to this many; 0: --sample-num-steps for all", low=0, high=500
+    )
+    max_pixels: int = flag(
+        0, "images of their own sizes, of at most so many pixels each, batched by size; 0: all of --resolution", low=0
+    )
+    num_workers: int = flag(4, "processes that read images, where the data is a table of them", resume="free", low=0)
 
 
 @dataclass(frozen=True)
@@ -196,7 +220,7 @@ class SFTConfig:
     num_workers: int = flag(4, "processes that read images", resume="free", low=0)
 
 
-METHOD_CONFIGS: dict[str, type[Any]] = {"dmdr": DMDRConfig, "ode": ODEConfig, "sft": SFTConfig}
+METHOD_CONFIGS: dict[str, type[Any]] = {"dmdr": DMDRConfig, "direct": DirectConfig, "sft": SFTConfig}
 
 
 @dataclass(frozen=True)

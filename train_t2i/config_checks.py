@@ -11,6 +11,7 @@ from typing import Any
 from train_t2i.config import (
     LAYOUTS,
     Config,
+    DirectConfig,
     DMDRConfig,
     Settings,
     any_of,
@@ -35,7 +36,15 @@ class Acts:
 
 
 def _few_steps(v: Values) -> bool:
-    return v.method != "sft" and v.sample_num_steps > 1
+    return v.method != "sft" and (v.sample_num_steps > 1 or _rows_differ(v))
+
+
+def _rows_differ(v: Values) -> bool:
+    return v.method == "direct" and v.max_row_steps > 0
+
+
+def _sees_images(v: Values) -> bool:
+    return _rewarded(v) or (v.method == "direct" and bool(v.feature_model))
 
 
 def _rewarded(v: Values) -> bool:
@@ -47,12 +56,12 @@ def _guidance_is_lora(v: Values) -> bool:
 
 
 def _keeps_frozen(v: Values) -> bool:
-    return v.use_lora_gen or v.method not in ("ode", "sft")
+    return v.use_lora_gen or v.method not in ("direct", "sft")
 
 
-ONE_STEP = ("on one step", "distil (dmdr, ode) with --sample-num-steps above 1")
+ONE_STEP = ("on one step", "distil (dmdr, direct) with --sample-num-steps above 1")
 NO_TEACHER = (
-    "with --method ode, which runs no teacher",
+    "with --method direct, which runs no teacher",
     "give it to python -m train_t2i pairs (--num-inference-steps, --cfg-scale)",
 )
 NO_REWARD = ("without a reward model", "give --clip-reward-model or --hpsv2-reward-model (--method dmdr)")
@@ -70,9 +79,9 @@ CONDITIONAL = (
     Acts("lora_targets", lambda v: v.use_lora_gen or _guidance_is_lora(v), "where nothing trained is a LoRA", "give --use-lora-gen"),
     Acts("lora_rank", lambda v: v.use_lora_gen or _guidance_is_lora(v), "where nothing trained is a LoRA", "give --use-lora-gen"),
     Acts("base_quant", _keeps_frozen, "where all that is loaded is trained in full", "give --use-lora-gen"),
-    Acts("tiny_vae", _rewarded, *NO_REWARD),
-    Acts("teacher_num_steps", lambda v: v.method != "ode", *NO_TEACHER),
-    Acts("teacher_cfg", lambda v: v.method != "ode", *NO_TEACHER),
+    Acts("tiny_vae", _sees_images, *NO_REWARD),
+    Acts("teacher_num_steps", lambda v: v.method != "direct", *NO_TEACHER),
+    Acts("teacher_cfg", lambda v: v.method != "direct", *NO_TEACHER),
     Acts("lora_scale_f", _guidance_is_lora, "with a layout that has no guidance adapter", "choose another --layout"),
     Acts("lora_scale_r", lambda v: v.dynamic_step > 0, "with --dynamic-step 0", "set --dynamic-step"),
     Acts(
@@ -92,6 +101,10 @@ CONDITIONAL = (
         "without guidance, neither in the scores nor in the teacher's sample images",
         "set --cfg-r above 1",
     ),
+    Acts("step_checkpointing", _few_steps, *ONE_STEP),
+    Acts("backprop_steps", _few_steps, *ONE_STEP),
+    Acts("states_weight", lambda v: v.sample_num_steps > 1, *ONE_STEP),
+    Acts("feature_weight", lambda v: v.feature_model, "without --feature-model", "give that model"),
     Acts("reward_clip_weight", lambda v: v.clip_reward_model or v.reward_clip_weight == 0, *NO_CLIP),
     Acts("reward_hps_weight", lambda v: v.hpsv2_reward_model or v.reward_hps_weight == 0, *NO_HPS),
     Acts("reward_margin", _rewarded, *NO_REWARD),
@@ -125,6 +138,8 @@ def check(settings: Settings) -> None:
     _check_targets(run.lora_targets)
     if isinstance(settings.method, DMDRConfig):
         _check_dmdr(run, settings.method)
+    if isinstance(settings.method, DirectConfig):
+        _check_direct(run, settings.method)
     _check_acts(settings)
 
 
@@ -225,6 +240,20 @@ def _check_dmdr(run: Config, method: DMDRConfig) -> None:
     if method.dmd_weight == 0 and not any(on.values()):
         raise UserError(
             "--dmd-weight 0 without a reward trains nothing", "give a reward model and its weight, or --dmd-weight 1"
+        )
+
+
+def _check_direct(run: Config, method: DirectConfig) -> None:
+    if method.states_weight > 0 and run.sample_num_steps > 1 and run.sample_type != "ode":
+        raise UserError(
+            "--states-weight: a re-noised student does not pass the teacher's states", "set --sample-type ode"
+        )
+    if method.states_weight > 0 and method.max_row_steps:
+        raise UserError("--states-weight and --max-row-steps: the states are of one number of steps", "give one")
+    if method.max_pixels and run.shift == 0:
+        raise UserError(
+            "--max-pixels with --shift 0: images of several sizes would have grids of their own",
+            "give --shift a number",
         )
 
 

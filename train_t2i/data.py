@@ -3,12 +3,14 @@
 What cannot be used is a UserError that names the file and the line or row; nothing is skipped silently.
 """
 
+import contextlib
 import hashlib
 import logging
 import math
 import os
 import struct
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -22,6 +24,7 @@ from train_t2i.errors import UserError
 from train_t2i.tables import PROMPT_COLUMNS, READERS, clean, place_of, prompt_of, records, short
 
 MAX_IMAGE_PIXELS = 64_000_000
+ORIENTATION = 0x0112  # EXIF; 5 to 8 are turned by a quarter
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 log = logging.getLogger(__name__)
 
@@ -168,8 +171,24 @@ def fit_image(row: Row, height_px: int, width_px: int) -> Tensor:
     return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).float().div_(255)
 
 
-def _decode(row: Row) -> Image.Image:
-    """The image upright, in RGB, transparent parts on white."""
+def image_size(row: Row) -> tuple[int, int]:
+    """(height, width) in pixels of an image as it is shown; reads its header alone.  Raises UserError."""
+    with _opened(row) as image:
+        turned = image.getexif().get(ORIENTATION) in (5, 6, 7, 8)
+        return (image.width, image.height) if turned else (image.height, image.width)
+
+
+def exact_image(row: Row, height_px: int, width_px: int) -> Tensor:
+    """(3, height_px, width_px) fp32 in [0, 1], every pixel as it is in the file.  Raises UserError for another size."""
+    image = _decode(row)
+    if image.size != (width_px, height_px):
+        raise UserError(f"{row.place}: image {row.image.name} has changed while it was used", "start again")
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div_(255)
+
+
+@contextlib.contextmanager
+def _opened(row: Row) -> Iterator[Image.Image]:
+    """An image of a format and size that can be used.  Whatever goes wrong inside is told with the row."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our limit is lower, and an error
@@ -179,12 +198,18 @@ def _decode(row: Row) -> Image.Image:
                 raise ValueError(f"{image.width}x{image.height} px is more than {MAX_IMAGE_PIXELS} pixels")
             if image.mode[0] in "IF":
                 raise ValueError("more than 8 bits a channel")
-            upright = ImageOps.exif_transpose(image)
-            if "A" in upright.getbands() or "transparency" in upright.info:
-                white = Image.new("RGBA", upright.size, "white")
-                upright = Image.alpha_composite(white, upright.convert("RGBA"))
-            return upright.convert("RGB")
+            yield image
     except Exception as error:  # decoders raise whatever a broken file makes them
         raise UserError(
             f"{row.place}: image {row.image.name} cannot be used: {short(str(error))}", "replace it or drop the row"
         ) from None
+
+
+def _decode(row: Row) -> Image.Image:
+    """The image upright, in RGB, transparent parts on white."""
+    with _opened(row) as image:
+        upright = ImageOps.exif_transpose(image)
+        if "A" in upright.getbands() or "transparency" in upright.info:
+            white = Image.new("RGBA", upright.size, "white")
+            upright = Image.alpha_composite(white, upright.convert("RGBA"))
+        return upright.convert("RGB")

@@ -1,6 +1,6 @@
 """From a method's kind of data to batches: an endless stream that can start at any sample.
 
-Shapes: images (B, 3, H, W) in [0, 1]; noise and latents (B, C, H, W).
+Shapes: images (B, 3, H, W) in [0, 1]; latents (B, C, H, W).
 """
 
 from __future__ import annotations
@@ -13,19 +13,20 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from train_t2i.config import Settings
 from train_t2i.data import Order, Row, batch_indices, fit_image, load_rows
 from train_t2i.errors import UserError
 from train_t2i.methods import Batch
-from train_t2i.pairs import PairStore
+from train_t2i.pair_data import Item, Pairs, Wanted, open_pairs
 from train_t2i.prompt_cache import PromptCache
 from train_t2i.prompts import load_prompts
-from train_t2i.randomness import seeded_noise
 
-Item = dict[str, Any]
 LOOKED_UP = 1000  # prompts that are looked for in a cache before anything loads; the others when their turn comes
 
 
 class Prompts(Dataset[Item]):
+    reads_images = False
+
     def __init__(self, path: str, last: int = 0) -> None:
         """``last``: only the last so many; 0: all."""
         self.prompts = load_prompts(path)
@@ -41,6 +42,8 @@ class Prompts(Dataset[Item]):
 class Images(Dataset[Item]):
     """Image-text rows, scaled and centre-cropped to the run's size."""
 
+    reads_images = True
+
     def __init__(self, path: str, size_px: tuple[int, int]) -> None:
         self.rows: list[Row] = load_rows(path)
         self.height_px, self.width_px = size_px
@@ -55,41 +58,21 @@ class Images(Dataset[Item]):
         }
 
 
-class Pairs(Dataset[Item]):
-    """(noise, prompt, teacher latent); the noise is made again from its seed."""
-
-    def __init__(self, path: str) -> None:
-        self.store = PairStore(path)
-
-    def check_shape(self, latent_shape: tuple[int, int, int]) -> None:
-        if self.store.latent_shape != latent_shape:
-            raise UserError(
-                f"{self.store.folder}: latents of shape {self.store.latent_shape}, this run needs {latent_shape}",
-                "make pairs with the same --resolution and model",
-            )
-
-    def __len__(self) -> int:
-        return len(self.store)
-
-    def __getitem__(self, row: int) -> Item:
-        pair = self.store[row]
-        noise = seeded_noise([pair.seed], self.store.latent_shape)[0]
-        return {"prompt": pair.prompt, "noise": noise, "latents": pair.latent}
-
-
-def dataset_for(
-    kind: str, path: str, size_px: tuple[int, int], prompt_cache: str | None = None
-) -> Prompts | Images | Pairs:
+def dataset_for(kind: str, settings: Settings) -> Prompts | Images | Pairs:
     """The data of a method (``Method.data``); of prompts those that the cache was made from, of which some are looked up.
 
     Raises UserError for files that cannot be used.
     """
-    if kind != "prompts":
-        return Images(path, size_px) if kind == "images" else Pairs(path)
-    if prompt_cache is None:
-        return Prompts(path)
-    cache = PromptCache(prompt_cache)
-    data = Prompts(path, cache.max_size)
+    run, method = settings.run, settings.method
+    if kind == "images":
+        return Images(run.data_path_train, settings.size_px)
+    if kind == "pairs":
+        wanted = Wanted(settings.size_px, method.max_pixels, method.max_row_steps, method.states_weight > 0)
+        return open_pairs(run.data_path_train, wanted)
+    if run.prompt_cache is None:
+        return Prompts(run.data_path_train)
+    cache = PromptCache(run.prompt_cache)
+    data = Prompts(run.data_path_train, cache.max_size)
     cache.need([data[row]["prompt"] for row in range(0, len(data), max(1, len(data) // LOOKED_UP))])
     return data
 
@@ -105,6 +88,14 @@ class Feed:
     rank: int = 0
     world: int = 1
     num_workers: int = 0
+    chunk_size: int = 0  # rows that share a size, where sizes differ; 0: as many as a micro-batch has
+
+    @property
+    def order(self) -> Any:
+        """Sample index -> row."""
+        if isinstance(self.dataset, Pairs):
+            return self.dataset.order(self.seed, self.chunk_size or self.batch_size)
+        return Order(len(self.dataset), self.seed)
 
     @property
     def global_batch(self) -> int:
@@ -114,7 +105,7 @@ class Feed:
     def ticks(self, samples_seen: int) -> Iterator[list[Batch]]:
         """The micro-batches of each tick, for ever, from the sample ``samples_seen`` on."""
         loader = DataLoader(
-            _Ordered(self.dataset, Order(len(self.dataset), self.seed)),
+            _Ordered(self.dataset, self.order),
             batch_sampler=_Indices(self, samples_seen),
             collate_fn=_to_batch,
             num_workers=self.num_workers,
@@ -144,7 +135,7 @@ class _Ordered(Dataset[Item]):
     """Sample index -> item."""
 
     dataset: Any
-    order: Order
+    order: Any
 
     def __getitem__(self, sample_index: int) -> Item:
         """A UserError is handed on as a value: a reading process would wrap it in its traceback."""
@@ -169,11 +160,17 @@ def _to_batch(items: list[Item]) -> Batch | UserError:
     def stacked(key: str) -> Tensor | None:
         return torch.stack([item[key] for item in items]) if key in items[0] else None
 
+    def listed(key: str) -> list[Any]:
+        return [item[key] for item in items] if key in items[0] else []
+
     return Batch(
-        indices=[item["index"] for item in items],
-        prompts=[item["prompt"] for item in items],
-        rows=[item["row"] for item in items],
+        indices=listed("index"),
+        prompts=listed("prompt"),
+        rows=listed("row"),
         images=stacked("images"),
-        noise=stacked("noise"),
+        seeds=listed("seed"),
+        rand_devices=listed("rand_device"),
+        num_steps=listed("num_steps"),
         latents=stacked("latents"),
+        states=stacked("states"),
     )

@@ -14,9 +14,19 @@ def denoising(out: Tensor, target: Tensor) -> Tensor:
     return F.mse_loss(out.float(), target.float())
 
 
-def regression(x0: Tensor, target: Tensor) -> Tensor:
-    """Scalar: mean squared error between the student's sample and the teacher's (Direct Distillation; DMD's ODE init)."""
-    return F.mse_loss(x0.float(), target.float())
+def regression(x: Tensor, target: Tensor, huber_delta: float = 0.0) -> Tensor:
+    """Scalar: mean squared error between the student's latents and the teacher's (Direct Distillation; DMD's ODE init).
+
+    With a ``huber_delta`` d, differences above it count linearly (Huber 1964): 0.5 e^2 below, d (|e| - d / 2) above.
+    """
+    if huber_delta > 0:
+        return F.huber_loss(x.float(), target.float(), delta=huber_delta)
+    return F.mse_loss(x.float(), target.float())
+
+
+def feature_distance(features: Tensor, target: Tensor) -> Tensor:
+    """Scalar: mean of 1 - cos over two (B, D) of length one, what a tower sees in the student's and the teacher's images."""
+    return (1 - (features * target).sum(-1)).mean()
 
 
 def dmd_direction(x0: Tensor, real: Tensor, fake: Tensor) -> Tensor:

@@ -102,11 +102,11 @@ class Networks:
         """(B, C, H, W) raw network output, fp32.  ``cfg`` is a number or (B,); exactly 1 means no guidance.
 
         ``scale`` multiplies the role's adapter (1 unless given); for the teacher it is how much of the guidance adapter
-        it borrows (0 unless given).  Builds a graph iff ``role`` is being updated.
+        it borrows (0 unless given).  Builds a graph iff ``role`` is being updated, and not under ``torch.no_grad``.
         """
         scale = (0.0 if role == "teacher" else 1.0) if scale is None else scale
         name, adapter = self._route(role, scale)
-        builds_graph = role == self._updating
+        builds_graph = role == self._updating and torch.is_grad_enabled()
         if builds_graph and self._graph_scale not in (None, scale):
             raise RuntimeError(f"{role} was called at adapter scales {self._graph_scale} and {scale} in one update")
         before = self._selected[name]

@@ -68,6 +68,14 @@ class Draw:
         return torch.tensor(values, dtype=torch.float32, device=self.device)
 
 
-def seeded_noise(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
-    """(B, *shape) fp32 noise from user-visible seeds, as ``torch.Generator("cpu")`` draws it: what pipelines call a seed."""
-    return torch.stack([torch.randn(tuple(shape), generator=torch.Generator("cpu").manual_seed(int(s))) for s in seeds])
+def seeded_noise(seeds: Sequence[int], shape: Sequence[int], devices: Sequence[str] = ()) -> Tensor:
+    """(B, *shape) fp32 noise from user-visible seeds, as ``torch.Generator`` draws it: what pipelines call a seed.
+
+    ``devices``: whose generator draws each row, ``cpu`` unless given; another device's draws are other numbers.
+    """
+
+    def row(seed: int, device: str) -> Tensor:
+        generator = torch.Generator(device).manual_seed(int(seed))
+        return torch.randn(tuple(shape), generator=generator, device=device).cpu()
+
+    return torch.stack([row(seed, device) for seed, device in zip(seeds, devices or ["cpu"] * len(seeds), strict=True)])

@@ -17,13 +17,13 @@ from torch import Tensor
 
 from train_t2i import build
 from train_t2i.checkpoint import RunFolder, run_of
-from train_t2i.config import Config, ODEConfig, Settings
+from train_t2i.config import Config, DirectConfig, Settings
 from train_t2i.engine import DTYPES
 from train_t2i.errors import UserError
 from train_t2i.families import Cond, Family
 from train_t2i.networks import Networks, Role
 from train_t2i.randomness import seeded_noise
-from train_t2i.sampling import many_step
+from train_t2i.sampling import X0At, many_step, many_step_through
 
 Autocast = Callable[[], AbstractContextManager]
 RENOISE_OFFSET = 1 << 40  # seeds of later steps, apart from those that people give
@@ -43,17 +43,24 @@ class ImageModel:
     settings: Settings
     step: int | None = None  # of the run; the teacher has none
     run: str | None = None  # the run's folder
+    through: Callable[[Cond, Tensor, Tensor], list[Tensor]] | None = None  # (cond, noise, grid): a teacher's states
 
     @torch.no_grad()
     def latents(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
         """(B, C, H, W): row i is a function of its prompt and seed alone, as ``torch.Generator('cpu')`` draws noise."""
         cond = self.family.encode(prompts, self.negative)
-        device = cond.tokens.device
+        return self.sample(cond, self._noise(cond, seeds), lambda i: self._noise(cond, seeds, i))
 
-        def noise(i: int) -> Tensor:
-            return seeded_noise([seed + i * RENOISE_OFFSET for seed in seeds], self.latent_shape).to(device)
+    @torch.no_grad()
+    def states(self, prompts: Sequence[str], seeds: Sequence[int], grid: Tensor) -> list[Tensor]:
+        """Where the teacher is, (B, C, H, W), at each of a student's times ``grid`` (N + 1,) but the first; the last is its
+        result."""
+        assert self.through is not None
+        cond = self.family.encode(prompts, self.negative)
+        return self.through(cond, self._noise(cond, seeds), grid)
 
-        return self.sample(cond, noise(0), noise)
+    def _noise(self, cond: Cond, seeds: Sequence[int], i: int = 0) -> Tensor:
+        return seeded_noise([seed + i * RENOISE_OFFSET for seed in seeds], self.latent_shape).to(cond.tokens.device)
 
     @torch.no_grad()
     def images(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
@@ -161,22 +168,25 @@ def load_teacher(run: Config, num_steps: int, cfg: float, *, device: torch.devic
     """The frozen model with ``num_steps`` deterministic steps under classifier-free guidance ``cfg``."""
     device = device or default_device()
     dtype, autocast = number_format(run.mixed_precision, device)
-    run = dataclasses.replace(run, method="ode", gradient_checkpointing=False)
-    settings = build.resolved(Settings(run, ODEConfig()))
+    run = dataclasses.replace(run, method="direct", gradient_checkpointing=False)
+    settings = build.resolved(Settings(run, DirectConfig()))
     family = build.build_family(settings.run, dtype).to(device)
     networks = build.assemble(
         settings, family, uses=("teacher",), trains=(), dtype=dtype, place=place_on(device), autocast=autocast
     )
 
-    def sample(cond: Cond, noise: Tensor, renoise: Callable[[int], Tensor]) -> Tensor:
-        def x0_at(x: Tensor, t: Tensor) -> Tensor:
-            return networks.x0("teacher", x, t, cond, cfg=cfg)
+    def x0_for(cond: Cond) -> X0At:
+        return lambda x, t: networks.x0("teacher", x, t, cond, cfg=cfg)
 
-        return many_step(x0_at, family.path, num_steps, noise)
+    def sample(cond: Cond, noise: Tensor, renoise: Callable[[int], Tensor]) -> Tensor:
+        return many_step(x0_for(cond), family.path, num_steps, noise)
+
+    def through(cond: Cond, noise: Tensor, grid: Tensor) -> list[Tensor]:
+        return many_step_through(x0_for(cond), family.path, num_steps, noise, grid)
 
     shape = build.latent_shape(family, settings.size_px)
     guided = cfg != 1
     return ImageModel(
         "teacher", family, networks.modules["base"], shape, num_steps * (2 if guided else 1), "" if guided else None,
-        sample, settings,
+        sample, settings, through=through,
     )  # fmt: skip

@@ -8,7 +8,7 @@ from where the model lies, since training from a cache does not load them.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,10 @@ from train_t2i.errors import UserError
 
 CHUNK_BYTES = 8 << 20
 PARTS = ("text_encoder*", "tokenizer*")
-WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "pytorch_model*.bin")  # the first that there is
+WEIGHTS = (  # the first that there is
+    "model.safetensors", "model-*-of-*.safetensors", "pytorch_model*.bin",
+    "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model-*-of-*.safetensors", "diffusion_pytorch_model*.bin",
+)  # fmt: skip
 VOCABULARIES = ("vocab.json", "merges.txt", "spiece.model", "tokenizer.model")
 SETTINGS = ("config.json", "tokenizer_config.json", "special_tokens_map.json")
 # Keys that change when a model is saved again, or by another version: they decide no embedding.  The weights say their own
@@ -28,7 +31,7 @@ PROVENANCE = {
     "_diffusers_version", "transformers_version", "_name_or_path", "name_or_path", "torch_dtype", "dtype", "architectures",
     "backend", "is_local", "local_files_only", "special_tokens_map_file", "tokenizer_file", "chat_template",
 }  # fmt: skip
-ENCODERS_IN_FILE = "conditioner."  # of a single-file model
+ENCODERS_IN_FILE, DENOISER_IN_FILE = "conditioner.", "model.diffusion_model."  # of a single-file model
 
 
 def text_key(family: Any, model: str) -> dict[str, Any]:
@@ -48,15 +51,24 @@ def encoder_digest(model: str) -> str | None:
 
     None: they are not here.  Raises UserError for files that cannot be read.
     """
+    return _digest(model, PARTS, ENCODERS_IN_FILE)
+
+
+def denoiser_digest(model: str, name: str) -> str | None:
+    """The same of the denoiser alone, which lies in the folder ``name`` of its pipeline."""
+    return _digest(model, (name,), DENOISER_IN_FILE)
+
+
+def _digest(model: str, parts: Sequence[str], prefix: str) -> str | None:
     path = Path(model)
     whole = xxhash.xxh3_128()
     try:
         if path.is_file():
-            for told in _tensors(path, ENCODERS_IN_FILE):
+            for told in _tensors(path, prefix):
                 whole.update(told)
             return whole.hexdigest()
         root = path if path.is_dir() else _snapshot(model)
-        folders = sorted(folder for part in PARTS for folder in (root.glob(part) if root else ()) if folder.is_dir())
+        folders = sorted(folder for part in parts for folder in (root.glob(part) if root else ()) if folder.is_dir())
         if not any(_weights(folder) for folder in folders):
             return None
         for folder in folders:

@@ -16,9 +16,10 @@ from train_t2i.checkpoint import RunFolder
 from train_t2i.config import DMDRConfig, Settings
 from train_t2i.engine import AdamSettings, Engine
 from train_t2i.errors import EXIT_DISK, EXIT_DONE, EXIT_NON_FINITE, EXIT_PREEMPTED, UserError
-from train_t2i.feed import Feed, Pairs, dataset_for
+from train_t2i.feed import Feed, dataset_for
 from train_t2i.methods import METHODS
 from train_t2i.networks import Networks, Role
+from train_t2i.pair_data import Pairs
 from train_t2i.prompt_cache import CachedText, PromptCache
 from train_t2i.resume import check_grid, check_resumable, check_rows, find_checkpoint, kept_batch, owns, restore, save
 from train_t2i.run import Run, State, StopRequest
@@ -147,7 +148,7 @@ def prepare(settings: Settings, folder: RunFolder, engine: Engine, stop: StopReq
     build.check_base_quant(cfg, engine.backend_name)
     found = build.check_rewards(settings.method)
     build.check_initial(cfg)
-    data = dataset_for(kind.data, cfg.data_path_train, settings.size_px, cfg.prompt_cache)
+    data = dataset_for(kind.data, settings)
     if resume_from and owns(folder, resume_from):
         check_rows(record, len(data), resume_from)
     prompts = sheet_prompts(settings, data)
@@ -159,23 +160,27 @@ def prepare(settings: Settings, folder: RunFolder, engine: Engine, stop: StopReq
     if resume_from and not owns(folder, resume_from):
         check_grid(cfg, family, record, resume_from)
     if isinstance(data, Pairs):
-        data.check_shape(shape)
+        data.check(shape, family.size_multiple, family.path.grid(cfg.sample_num_steps))
     networks = build.assemble(
         settings, family, uses=kind.uses, trains=kind.trains, dtype=engine.dtype, place=engine.place,
         autocast=engine.autocast,
     )  # fmt: skip
-    terms = build.build_rewards(settings.method, engine.dtype, engine.device, cfg.gradient_checkpointing, cfg.seed)
-    method = build.build_method(settings, networks, engine.device, terms, calls_need_all=engine.calls_need_all)
+    towers = engine.dtype, engine.device, cfg.gradient_checkpointing
+    terms = build.build_rewards(settings.method, *towers, cfg.seed)
+    features = build.build_features(settings.method, *towers)
+    method = build.build_method(
+        settings, networks, engine.device, terms, features=features, calls_need_all=engine.calls_need_all
+    )
     found += [family.compared] if isinstance(family, CachedText) else []
     found.append(trained_parameters(networks))  # counted before they are shared out
     for role in kind.trains:
         networks.prepare(role, engine.prepare, adam_settings(settings, role))
-    workers = settings.method.num_workers if kind.data == "images" else 0
+    workers = settings.method.num_workers if data.reads_images else 0
     batch = cfg.batch_size, cfg.gradient_accumulation_steps
     if resume_from and owns(folder, resume_from):
         batch = kept_batch(cfg, record, engine.world)
         told += told_of_batch(record, engine, batch)
-    feed = Feed(data, cfg.seed, *batch, engine.rank, engine.world, workers)
+    feed = Feed(data, cfg.seed, *batch, engine.rank, engine.world, workers, cfg.batch_size)
     quiet_log = log.RunLog(folder.root, method.columns, is_main=False)
     run = Run(settings, folder, engine, networks, method, feed, quiet_log, SampleSheet.none(), State(), stop, watch)
     if resume_from:

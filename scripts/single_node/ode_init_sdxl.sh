@@ -7,7 +7,7 @@
 source "$(dirname -- "${BASH_SOURCE[0]}")/../sdxl.sh"
 
 #       flag               published     tiny world
-setting method             ode
+setting method             direct
 setting exp-name           ode_init_sdxl
 setting data-path-train    runs/pairs    "${OUTPUT_DIR:-runs}/pairs"
 setting sample-num-steps   1

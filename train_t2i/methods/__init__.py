@@ -7,6 +7,6 @@ from train_t2i.methods.direct import Direct
 from train_t2i.methods.dmdr import DMDR
 from train_t2i.methods.sft import SFT
 
-METHODS: dict[str, Any] = {"dmdr": DMDR, "ode": Direct, "sft": SFT}
+METHODS: dict[str, Any] = {"dmdr": DMDR, "direct": Direct, "sft": SFT}
 
 __all__ = ["METHODS", "Batch", "Method", "RewardTerm", "Setting"]

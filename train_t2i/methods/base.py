@@ -40,8 +40,11 @@ class Batch:
     prompts: list[str]
     rows: Sequence[int] = ()  # of the data: the same row comes again in every epoch
     images: Tensor | None = None  # (B, 3, H, W)
-    noise: Tensor | None = None  # (B, C, H, W) the noise that a stored latent was made from
+    seeds: Sequence[int] = ()  # of the noise that the teacher's result was made from
+    rand_devices: Sequence[str] = ()  # whose generator drew it
+    num_steps: Sequence[int] = ()  # of the student, where rows have their own
     latents: Tensor | None = None  # (B, C, H, W) the teacher's result
+    states: Tensor | None = None  # (B, N - 1, C, H, W) where it was at the student's times
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,7 @@ class Setting:
     seed: int
     device: torch.device
     rewards: tuple[RewardTerm, ...] = ()
+    features: Callable[[Tensor], Tensor] | None = None  # images (B, 3, H, W) -> (B, D) of length one
     sample_type: str = "sde"  # between the student's steps: re-noised, or along the velocity ("ode")
     calls_need_all: bool = False  # sharded networks: every process makes the same network calls, whatever its rows drew
 
