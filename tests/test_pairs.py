@@ -5,18 +5,21 @@ from __future__ import annotations
 import csv
 import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from safetensors.torch import load_file
 
-from train_t2i import pairs, student
+from train_t2i import pairs, storage, student
 from train_t2i.__main__ import main
 from train_t2i.config import Config
 from train_t2i.data import Order
-from train_t2i.errors import EXIT_DONE, EXIT_USER, UserError
+from train_t2i.errors import EXIT_DONE, EXIT_LOCKED, EXIT_USER, UserError
 from train_t2i.pair_data import Wanted, open_pairs
+from train_t2i.schedule import EpsilonVP
 from train_t2i.text_key import denoiser_digest
 
 FLAGS = "--count 8 --num-inference-steps 2 --cfg-scale 2 --resolution 32 --shard-size 3 --batch-size 2"
@@ -142,6 +145,95 @@ def test_other_prompts_under_the_same_name_are_refused(make, prompts_file, tmp_p
 def test_other_settings_are_refused(make, whole):
     one_line(make(whole, "--cfg-scale 3"), "cfg_scale: then 2.0, now 3.0")
     assert make(whole, "--batch-size 5")[0] == EXIT_DONE
+
+
+# -- the teacher at the student's times, several processes -----------------------------------------------------------
+
+
+def test_states_are_where_the_teacher_is_at_the_students_times(make, prompts_file, sdxl_folder, tmp_path):
+    """By hand: its own sampler, with the student's levels put between its own."""
+    out = tmp_path / "states"
+    assert make(out, "--states --student-num-steps 4 --num-inference-steps 6")[0] == EXIT_DONE
+    shard = load_file(out / "latents-00000.safetensors")
+    teacher = student.load_teacher(
+        Config(pretrained_model=str(sdxl_folder), resolution="32", mixed_precision="no"), 6, 2.0
+    )
+    path: EpsilonVP = teacher.family.path
+    assert shard["grid"].equal(path.grid(4))
+    assert shard["states"].shape == (3, 3, *shard["latents"].shape[1:])
+    with open(out / "metadata.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))[:3]
+    assert {row["num_inference_steps"] for row in rows} == {"4"}
+    cond = teacher.family.encode([row["prompt"] for row in rows], "")
+    x = torch.cat(
+        [torch.randn((1, 4, 4, 4), generator=torch.Generator().manual_seed(int(row["seed"]))) for row in rows]
+    )
+    levels = sorted({999, 832, 666, 499, 332, 166} | {999, 749, 499, 249}, reverse=True)
+    at = {}
+    for level, following in zip(levels, [*levels[1:], None], strict=True):
+        t = torch.full((3,), level / 1000)
+        s = torch.full((3,), 0.0 if following is None else following / 1000)
+        negative, positive = (
+            teacher.family.call(teacher.network, x, t, c).detach()
+            for c in (cond.negative, replace(cond, negative=None))
+        )
+        x = path.step(x, path.to_x0(x, negative + 2.0 * (positive - negative), t), t, s)
+        at[following] = x
+    torch.testing.assert_close(shard["latents"], at[None], rtol=1e-4, atol=1e-4)
+    for i, level in enumerate((749, 499, 249)):
+        torch.testing.assert_close(shard["states"][:, i], at[level], rtol=1e-4, atol=1e-4)
+
+
+def test_a_run_meets_the_states_of_its_own_times_alone(make, trainer, tmp_path):
+    out = tmp_path / "states"
+    assert make(out, "--states --student-num-steps 4")[0] == EXIT_DONE
+    flags = f"--data-path-train {out} --states-weight 1 --sample-type ode --max-train-steps 1"
+    run = trainer.run("run", f"{flags} --sample-num-steps 4", "direct")
+    (line,) = tiny.log_lines(run)
+    assert line["loss"] == pytest.approx(line["loss_latent"] + line["loss_states"], rel=1e-5)
+    ended = trainer.ends("other", f"{flags} --sample-num-steps 2", "direct")
+    one_line(
+        (ended.code, ended.err), "the states of", "0.9990, 0.7490, 0.4990, 0.2490", "this run's are 0.9990, 0.4990"
+    )
+
+
+def test_a_folder_without_states_cannot_give_them(trainer, pairs_folder):
+    flags = f"--data-path-train {pairs_folder} --states-weight 1 --sample-num-steps 2 --sample-type ode"
+    ended = trainer.ends("run", flags, "direct")
+    one_line((ended.code, ended.err), "has no states of its teacher", "make the pairs with --states")
+
+
+def test_several_processes_share_the_files(make, whole, tmp_path, monkeypatch):
+    """Each its own; the table by the last; bytes as from one process."""
+    out = tmp_path / "shared"
+    for rank in (1, 0):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        assert make(out)[0] == EXIT_DONE
+        assert (out / "metadata.csv").exists() == (rank == 0)
+        if rank == 1:
+            assert [path.name for path in sorted(out.glob("latents*"))] == ["latents-00001.safetensors"]
+    mine, other = contents(out), contents(whole)
+    assert {name for name in mine if mine[name] != other[name]} <= {".lock"}
+    assert mine.keys() == other.keys()
+
+
+def test_two_launches_do_not_write_one_folder(make, whole):
+    held = storage.take_lock(whole / ".lock")
+    try:
+        code, said = make(whole)
+    finally:
+        storage.release_lock(held)
+    assert code == EXIT_LOCKED
+    assert "choose another --out" in said
+
+
+@pytest.mark.parametrize(
+    ("more", "told"), [("--states", "set --student-num-steps"), ("--shift 3", "--shift does nothing without --states")]
+)
+def test_flags_that_do_nothing_are_refused(make, tmp_path, more, told):
+    one_line(make(tmp_path / "out", more), told)
+    assert not (tmp_path / "out").exists()
 
 
 # -- what is refused -------------------------------------------------------------------------------------------------

@@ -140,7 +140,7 @@ class StoredPairs(Pairs):
             if wanted.states and "states" not in file.keys():  # noqa: SIM118 - no mapping
                 raise UserError(f"--states-weight: {path} has no states of its teacher", "make the pairs with --states")
             self.grid = file.get_tensor("grid") if wanted.states else torch.empty(0)
-            self.latent_shape: tuple[int, int, int] = tuple(file.get_slice("latents").get_shape()[1:])  # type: ignore[assignment]
+            self.latent_shape: tuple[int, int, int] = tuple(file.get_slice("latents").get_shape()[1:])
 
     def check(self, latent_shape: tuple[int, int, int], size_multiple: int, grid: Tensor) -> None:
         if self.latent_shape != latent_shape:

@@ -154,7 +154,11 @@ def empty_batch(settings: Settings, networks: Networks) -> Batch:
     count = range(rows)
     images = torch.empty(rows, 3, *settings.size_px, device=META)
     latents = torch.empty(rows, *shape, device=META)
-    return Batch(count, ["a prompt"] * rows, count, images, latents, latents)
+    states = torch.empty(rows, run.sample_num_steps - 1, *shape, device=META)
+    return Batch(
+        count, ["a prompt"] * rows, count, images, seeds=count, rand_devices=["cpu"] * rows,
+        num_steps=[run.sample_num_steps] * rows, latents=latents, states=states,
+    )  # fmt: skip
 
 
 def tick(settings: Settings, networks: Networks, method: Any, gradient_share: float) -> tuple[Peak, dict[Role, Peak]]:
