@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from train_t2i.engine import quantized
-from train_t2i.engine.adam import AdamSettings, make_adam
+from train_t2i.engine.adam import AdamSettings, make_adam, set_rate
+from train_t2i.engine.average import average, averaged, tensors_of
 from train_t2i.engine.state import Piece, RoleState, _Assembled, _messages, collect, distribute
 from train_t2i.errors import UserError
 
@@ -51,10 +52,6 @@ def flat_shares(named: dict[str, nn.Parameter], count: int) -> list[list[Piece]]
     return shares
 
 
-def tensors_of(pieces: list[Piece]) -> list[torch.Tensor]:
-    return list({id(piece.tensor): piece.tensor for piece in pieces}.values())
-
-
 def gradient(name: str, shape: tuple[int, ...], step: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1000 * step + len(name) + ord(name[0]))
     return torch.randn(shape, generator=generator)
@@ -68,6 +65,7 @@ def train(pieces: list[Piece], optimizer: torch.optim.Optimizer, first: int, las
             full = gradient(piece.name, piece.shape, step).view(-1)
             piece.of(piece.tensor.grad).copy_(full[piece.start : piece.start + piece.numel])
         optimizer.step()
+        average(pieces, optimizer, 0.75)
 
 
 def saved(shares: list[list[Piece]], optimizers: list[torch.optim.Optimizer]) -> RoleState:
@@ -82,7 +80,7 @@ def saved(shares: list[list[Piece]], optimizers: list[torch.optim.Optimizer]) ->
 def made(cut: str, seed: int, settings: AdamSettings) -> tuple[list[list[Piece]], list[torch.optim.Optimizer]]:
     named = parameters(seed)
     shares = [whole(named)] if cut == "whole" else flat_shares(named, int(cut))
-    return shares, [make_adam(tensors_of(pieces), settings) for pieces in shares]
+    return shares, [make_adam({str(i): t for i, t in enumerate(tensors_of(pieces))}, settings) for pieces in shares]
 
 
 @pytest.mark.parametrize("eight_bit", [False, True], ids=["adamw", "eight_bit"])
@@ -141,7 +139,7 @@ def test_another_cut_of_eight_bit_state_is_quantised_anew(before, after):
 
 def test_what_is_collected_is_a_copy_and_has_no_state_before_a_step():
     named = parameters()
-    optimizer = make_adam(list(named.values()), adam(False))
+    optimizer = make_adam(named, adam(False))
     found = collect(whole(named), optimizer, rank=0, world=1)
     assert (found.optimizer, found.values["step"]) == ({}, 0)
     before = found.model["a.bias"].clone()
@@ -152,7 +150,7 @@ def test_what_is_collected_is_a_copy_and_has_no_state_before_a_step():
 
 def test_the_state_of_another_optimizer_is_refused():
     named = parameters()
-    optimizer = make_adam(list(named.values()), adam(False))
+    optimizer = make_adam(named, adam(False))
     found = collect(whole(named), optimizer, rank=0, world=1)
     other = replace(found, values=found.values | {"optimizer": "AdamW8bit"})
     with pytest.raises(UserError, match="state of AdamW8bit, this run trains with AdamW"):
@@ -164,8 +162,74 @@ def test_creating_state_moves_nothing():
 
     named = parameters()
     before = {name: p.detach().clone() for name, p in named.items()}
-    optimizer = make_adam(list(named.values()), replace(adam(False), epsilon=0.0))
+    optimizer = make_adam(named, replace(adam(False), epsilon=0.0))
     create_state(optimizer, list(named.values()))
     assert all(torch.equal(p, before[name]) for name, p in named.items())
     assert all(optimizer.state[p]["exp_avg"].abs().sum() == 0 for p in named.values())
     assert optimizer.param_groups[0]["lr"] == 0.1
+
+
+# -- the moving average, groups of their own rates -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cut", ["whole", "3"])
+def test_an_average_is_the_recursion_over_all_updates(cut):
+    """ema <- weights + decay (ema - weights), and the first weights to begin with."""
+    shares, optimizers = made(cut, 0, adam(False))
+    expected: dict[str, torch.Tensor] = {}
+    for step in range(4):
+        for pieces, optimizer in zip(shares, optimizers, strict=True):
+            train(pieces, optimizer, step, step + 1)
+        weights = saved(shares, optimizers).model
+        expected = {n: w.clone() if step == 0 else w + 0.75 * (expected[n] - w) for n, w in weights.items()}
+    found = saved(shares, optimizers).optimizer
+    for name, mean in expected.items():
+        torch.testing.assert_close(found[f"{name}/ema"], mean)
+        assert not torch.equal(found[f"{name}/ema"], saved(shares, optimizers).model[name])
+
+
+@pytest.mark.parametrize("eight_bit", [False, True], ids=["adamw", "eight_bit"])
+@pytest.mark.parametrize(("first", "then"), [("whole", "3"), ("3", "2"), ("2", "whole")])
+def test_an_average_moves_to_another_cut(first, then, eight_bit):
+    shares, optimizers = made(first, 0, adam(eight_bit))
+    for pieces, optimizer in zip(shares, optimizers, strict=True):
+        train(pieces, optimizer, 0, 3)
+    kept = copy.deepcopy(saved(shares, optimizers))
+    others, fresh = made(then, 1, adam(eight_bit))
+    for pieces, optimizer in zip(others, fresh, strict=True):
+        distribute(kept, pieces, optimizer)
+    again = saved(others, fresh)
+    averages = [key for key in kept.optimizer if key.endswith("/ema")]
+    assert len(averages) == len(kept.model)
+    assert all(torch.equal(kept.optimizer[key], again.optimizer[key]) for key in averages)
+
+
+def test_averages_stand_in_for_the_weights_for_a_while():
+    (pieces,), (optimizer,) = made("whole", 0, adam(False))
+    with averaged(pieces, optimizer):  # there are none yet
+        pass
+    train(pieces, optimizer, 0, 3)
+    weights = [piece.tensor.detach().clone() for piece in pieces]
+    with averaged(pieces, optimizer):
+        for piece in pieces:
+            assert torch.equal(piece.tensor, optimizer.state[piece.tensor]["ema"])
+    assert all(torch.equal(piece.tensor, before) for piece, before in zip(pieces, weights, strict=True))
+    assert not any(
+        torch.equal(optimizer.state[p.tensor]["ema"], before) for p, before in zip(pieces, weights, strict=True)
+    )
+
+
+@pytest.mark.parametrize("eight_bit", [False, True], ids=["adamw", "eight_bit"])
+def test_a_part_may_learn_at_a_rate_of_its_own(eight_bit):
+    """Adam's first step is as long as the rate, whatever the gradient."""
+    named = parameters()
+    settings = replace(adam(eight_bit), weight_decay=0.0, factors={r"^b\.": 0.1})
+    optimizer = make_adam(named, settings)
+    set_rate(optimizer, 0.5)
+    before = {name: p.detach().clone() for name, p in named.items()}
+    for name, parameter in named.items():
+        parameter.grad = gradient(name, tuple(parameter.shape), 0)
+    optimizer.step()
+    for name, parameter in named.items():
+        moved = (parameter - before[name]).abs().median()
+        assert float(moved) == pytest.approx(0.05 if name.startswith("b.") else 0.5, rel=1e-3)

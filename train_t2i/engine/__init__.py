@@ -7,7 +7,8 @@ the agreement of all processes on a non-finite update, which is skipped as a who
 from __future__ import annotations
 
 import random
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
 
@@ -18,8 +19,8 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from train_t2i.engine import state
-from train_t2i.engine.adam import AdamSettings, LossScale
+from train_t2i.engine import average, state
+from train_t2i.engine.adam import AdamSettings, LossScale, set_rate
 from train_t2i.engine.backends import FSDP2, Backend, Replicated
 from train_t2i.engine.processes import chosen_backend, start_processes
 from train_t2i.engine.state import RoleState
@@ -96,8 +97,7 @@ class Engine:
         return entry
 
     def set_lr(self, role: str, learning_rate: float) -> None:
-        for group in self.backend.optimizers[role].param_groups:
-            group["lr"] = learning_rate
+        set_rate(self.backend.optimizers[role], learning_rate)
 
     def backward(self, role: str, loss: Tensor, *, last: bool = True) -> None:
         """Accumulate gradients, ``last`` before a step; never rescales but for the fp16 loss scale."""
@@ -123,6 +123,18 @@ class Engine:
         if self.world > 1:
             dist.all_reduce(votes, op=dist.ReduceOp.MAX)
         return [vote > 0 for vote in votes.tolist()]
+
+    def average(self, role: str, decay: float) -> None:
+        """Bring the role's moving average up to its weights: ema <- weights + decay (ema - weights)."""
+        average.average(self.backend.pieces(role), self.backend.optimizers[role], decay)
+
+    @contextmanager
+    def averaged(self, role: str) -> Iterator[None]:
+        """The role's network with its moving average in the place of its weights, where it has one."""
+        with average.averaged(self.backend.pieces(role), self.backend.optimizers[role]):
+            self.backend.refresh(role)
+            yield
+        self.backend.refresh(role)
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 

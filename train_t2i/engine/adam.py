@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from train_t2i.errors import UserError
+
+FACTOR = "rate_factor"  # of a group of parameters
 
 
 @dataclass(frozen=True)
@@ -19,20 +22,35 @@ class AdamSettings:
     epsilon: float
     weight_decay: float
     use_8bit: bool
+    factors: Mapping[str, float] = field(default_factory=dict)  # expression for a parameter's name -> of its rate
+
+    def factor(self, name: str) -> float:
+        """What a parameter's learning rate is multiplied by."""
+        return next((factor for pattern, factor in self.factors.items() if re.search(pattern, name)), 1.0)
 
 
-def make_adam(tensors: Sequence[nn.Parameter], adam: AdamSettings) -> torch.optim.Optimizer:
-    """AdamW on the tensors that this process updates."""
+def make_adam(named: Mapping[str, nn.Parameter], adam: AdamSettings) -> torch.optim.Optimizer:
+    """AdamW on the tensors that this process updates, by the names of their parameters; a group for each factor."""
+    factors = {name: adam.factor(name) for name in named}
+    groups = [
+        {"params": [tensor for name, tensor in named.items() if factors[name] == factor], FACTOR: factor}
+        for factor in sorted(set(factors.values()), reverse=True)
+    ]
     options: dict[str, Any] = {
         "lr": adam.learning_rate, "betas": adam.betas, "eps": adam.epsilon, "weight_decay": adam.weight_decay,
     }  # fmt: skip
     if not adam.use_8bit:
-        return torch.optim.AdamW(tensors, fused=True, **options)  # one pass over memory; on CPUs too
+        return torch.optim.AdamW(groups, fused=True, **options)  # one pass over memory; on CPUs too
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError:
         raise UserError("--use-8bit-adam needs bitsandbytes", "uv sync --extra bitsandbytes") from None
-    return AdamW8bit(tensors, **options)
+    return AdamW8bit(groups, **options)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate * group[FACTOR]
 
 
 def create_state(optimizer: torch.optim.Optimizer, tensors: Sequence[Tensor]) -> None:

@@ -81,7 +81,7 @@ class _Plain:
     def prepare(self, role: str, net: nn.Module, named: dict[str, nn.Parameter], adam: AdamSettings) -> nn.Module:
         self.named[role] = named
         self.tensors[role] = [self.own(parameter) for parameter in named.values()]
-        self.optimizers[role] = make_adam(self.tensors[role], adam)
+        self.optimizers[role] = make_adam(dict(zip(named, self.tensors[role], strict=True)), adam)
         return net
 
     def backward(self, role: str, loss: Tensor, scale: float, last: bool) -> None:

@@ -20,6 +20,7 @@ from train_t2i.engine.adam import create_state
 from train_t2i.errors import UserError
 
 CHUNK_BYTES = 256 << 20  # of one message to the process that writes
+AVERAGE = "ema"  # key of the moving average of the weights among an optimizer's state (average.py)
 
 
 @dataclass(frozen=True)
@@ -194,11 +195,21 @@ def distribute(saved: RoleState, pieces: Sequence[Piece], optimizer: Optimizer) 
         create_state(optimizer, missing)
     for tensor, on_it in by_tensor.items():
         state = optimizer.state[tensor]
+        _load_average(state, tensor, on_it, saved.optimizer)
         if "segments" in saved.values or quantized.is_quantized(state):
             quantized.load(state, tensor, on_it, saved.optimizer, saved.values.get("segments", {}))
         else:
             _load_whole(state, on_it, saved.optimizer)
         _set_step(state, saved.values["step"])
+
+
+def _load_average(state: dict[str, Any], tensor: Tensor, pieces: Sequence[Piece], saved: Mapping[str, Tensor]) -> None:
+    """No optimizer makes one: it is there iff the checkpoint has it."""
+    state.pop(AVERAGE, None)
+    if f"{pieces[0].name}/{AVERAGE}" in saved:
+        state[AVERAGE] = torch.zeros_like(tensor)
+        for piece in pieces:
+            piece.of(state[AVERAGE]).copy_(_part(saved[f"{piece.name}/{AVERAGE}"], piece))
 
 
 def _part(whole: Tensor, piece: Piece) -> Tensor:
@@ -207,7 +218,7 @@ def _part(whole: Tensor, piece: Piece) -> Tensor:
 
 def _load_whole(state: Mapping[str, Any], pieces: Sequence[Piece], saved: Mapping[str, Tensor]) -> None:
     for key, value in state.items():
-        if not isinstance(value, Tensor) or value.ndim == 0:
+        if not isinstance(value, Tensor) or value.ndim == 0 or key == AVERAGE:
             continue
         for piece in pieces:
             piece.of(value).copy_(_part(saved[f"{piece.name}/{key}"], piece))

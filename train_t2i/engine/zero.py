@@ -36,7 +36,7 @@ class ZeRO:
 
     def prepare(self, role: str, net: nn.Module, named: dict[str, nn.Parameter], adam: AdamSettings) -> nn.Module:
         parameters = list(named.values())
-        optimizer = make_adam(parameters, adam)
+        optimizer = make_adam(named, adam)
         engine, *_ = self.deepspeed.initialize(
             model=net, optimizer=optimizer, model_parameters=parameters, config=self._config()
         )
