@@ -67,6 +67,7 @@ CANNOT_WORK = [
     ("--layout separate --sample-num-steps 4 --dynamic-step 5", "--lora-scale-r 0"),
     ("--sample-num-steps 4 --s-type-gen beta --gen-a 0", "--gen-a"),
     ("--s-type-gui beta --gui-a -1", "--gui-a"),
+    ("--method arcflow", "give --use-lora-gen"),
     ("--method direct --sample-num-steps 4 --states-weight 1", "set --sample-type ode"),
     ("--method direct --sample-num-steps 4 --sample-type ode --states-weight 1 --max-row-steps 4", "give one"),
     ("--method direct --sample-num-steps 4 --max-pixels 4096 --shift 0", "give --shift a number"),
@@ -118,7 +119,7 @@ def test_any_plain_name_is_a_run(name):
 # -- flags that act only beside others -------------------------------------------------------------------------------
 
 
-FEW = "--sample-num-steps 4"
+FEW, ARC = "--sample-num-steps 4", "--method arcflow --use-lora-gen"
 INERT = [  # the flag, beside what it does nothing, beside what it acts
     ("--sample-num-steps 4", "--method sft", ["", "--method direct"]),
     ("--shift 3", "", [FEW, f"--method direct {FEW}"]),
@@ -128,6 +129,11 @@ INERT = [  # the flag, beside what it does nothing, beside what it acts
     ("--backprop-steps 1", "--method direct", [f"--method direct {FEW}"]),
     ("--states-weight 1", "--method direct", [f"--method direct --sample-type ode {FEW}"]),
     ("--feature-weight 1", "--method direct", ["--method direct --feature-model x"]),
+    ("--sample-type ode", f"{ARC} {FEW}", [FEW]),
+    ("--temperature 0.5", ARC, [f"{ARC} --policy gmflow"]),
+    ("--momentum-rate 0.5", f"{ARC} --policy gmflow", [ARC]),
+    ("--momentum-rate 0.5", f"{ARC} --num-components 1", [ARC]),
+    ("--negative-prompt ugly", f"{ARC} --distill-cfg 1 --teacher-cfg 1", [ARC, f"{ARC} --distill-cfg 1"]),
     ("--sample-type ode", "--method sft", []),
     ("--lora-targets to_q", "--method direct", ["--method direct --use-lora-gen", "", "--method sft --use-lora-gen"]),
     ("--srpo on", "--clip-reward-model x", ["--hpsv2-reward-model x"]),
@@ -188,7 +194,8 @@ def test_every_conditional_flag_is_tried():
 def test_a_default_may_always_be_spelled_out(method):
     """Published command lines name every flag."""
     fields = {name: field for name, field in fields_of(method).items() if field.default is not None}
-    parse([f"--{name}={field.default}" for name, field in fields.items() if name != "method"] + ["--method", method])
+    spelled = [f"--{name}={field.default}" for name, field in fields.items() if name != "method"]
+    parse([*spelled, "--method", method, *(["--use-lora-gen"] if method == "arcflow" else [])])
 
 
 @pytest.mark.parametrize(

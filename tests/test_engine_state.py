@@ -74,7 +74,7 @@ def saved(shares: list[list[Piece]], optimizers: list[torch.optim.Optimizer]) ->
     for pieces, optimizer in zip(shares, optimizers, strict=True):
         for message, part in _messages(pieces, optimizer):
             assembled.put(message, part)
-    return RoleState(assembled.model, assembled.optimizer, assembled.values(shares[0], optimizers[0]))
+    return assembled.state(shares[0], optimizers[0])
 
 
 def made(cut: str, seed: int, settings: AdamSettings) -> tuple[list[list[Piece]], list[torch.optim.Optimizer]]:
@@ -182,10 +182,10 @@ def test_an_average_is_the_recursion_over_all_updates(cut):
             train(pieces, optimizer, step, step + 1)
         weights = saved(shares, optimizers).model
         expected = {n: w.clone() if step == 0 else w + 0.75 * (expected[n] - w) for n, w in weights.items()}
-    found = saved(shares, optimizers).optimizer
+    found = saved(shares, optimizers)
     for name, mean in expected.items():
-        torch.testing.assert_close(found[f"{name}/ema"], mean)
-        assert not torch.equal(found[f"{name}/ema"], saved(shares, optimizers).model[name])
+        torch.testing.assert_close(found.average[name], mean)
+        assert not torch.equal(mean, found.model[name])
 
 
 @pytest.mark.parametrize("eight_bit", [False, True], ids=["adamw", "eight_bit"])
@@ -199,18 +199,18 @@ def test_an_average_moves_to_another_cut(first, then, eight_bit):
     for pieces, optimizer in zip(others, fresh, strict=True):
         distribute(kept, pieces, optimizer)
     again = saved(others, fresh)
-    averages = [key for key in kept.optimizer if key.endswith("/ema")]
-    assert len(averages) == len(kept.model)
-    assert all(torch.equal(kept.optimizer[key], again.optimizer[key]) for key in averages)
+    assert kept.average.keys() == kept.model.keys()
+    assert all(torch.equal(mean, again.average[name]) for name, mean in kept.average.items())
 
 
 def test_averages_stand_in_for_the_weights_for_a_while():
     (pieces,), (optimizer,) = made("whole", 0, adam(False))
-    with averaged(pieces, optimizer):  # there are none yet
+    with averaged(pieces, optimizer, lambda: pytest.fail("there are none yet")):
         pass
     train(pieces, optimizer, 0, 3)
     weights = [piece.tensor.detach().clone() for piece in pieces]
-    with averaged(pieces, optimizer):
+    seen = []
+    with averaged(pieces, optimizer, lambda: seen.append(pieces[0].tensor.detach().clone())):
         for piece in pieces:
             assert torch.equal(piece.tensor, optimizer.state[piece.tensor]["ema"])
     assert all(torch.equal(piece.tensor, before) for piece, before in zip(pieces, weights, strict=True))

@@ -123,7 +123,7 @@ def test_lora_targets_are_the_users_choice(folders: dict[str, Path]) -> None:
 
     run = settings_of(folders["sd3"]).run
     family = load_family("sd3", str(folders["sd3"]))
-    spec = adapter_specs(type(run)(**{**vars(run), "lora_targets": r"ff\.net\.2, attn\.to_q"}))["generator"]
+    spec = adapter_specs(type(run)(**{**vars(run), "lora_targets": r"ff\.net\.2, attn\.to_q"}), family)["generator"]
     net = family.load(torch.float32)
     add_adapter(net, family, "generator", spec)
     adapted = {key.split(".lora_A")[0] for key, _ in net.named_parameters() if ".lora_A." in key}

@@ -28,7 +28,8 @@ ROOMS = {
     "sampling": {"schedule", "randomness"},
     "networks": {"families.base", "schedule", "config"},
     "families": {"schedule"},
-    "methods": {"networks", "sampling", "losses", "schedule", "randomness", "families.base", "config"},
+    "policies": {"schedule"},
+    "methods": {"networks", "sampling", "losses", "schedule", "randomness", "policies", "families.base", "config"},
     "engine": set(),
     "watchdog": set(),
     "checkpoint": {"engine"},
@@ -54,6 +55,10 @@ ROOMS = {
 # modules that belong to a room of another name, and keep its rules
 ANNEXES = {
     "cli": "config",
+    "flags": "config",
+    "gmflow": "policies",
+    "policy_head": "policies",
+    "method_configs": "config",
     "config_checks": "config",
     "storage": "checkpoint",
     "base_quant": "networks",
@@ -76,6 +81,7 @@ LIBRARIES = {
     "schedule": {"torch"},
     "randomness": {"torch", "numpy"},
     "sampling": {"torch"},
+    "policies": {"torch"},
     "methods": {"torch"},
     "networks": {"torch", "peft", "safetensors", "bitsandbytes"},
     "families": {"torch", "diffusers", "transformers", "safetensors", "open_clip", "huggingface_hub", "numpy", "PIL"},

@@ -438,7 +438,9 @@ def test_the_simulation_stops_at_the_largest_level_drawn(family, monkeypatch):
 def test_an_exported_adapter_is_read_by_peft(shared, family, cond, x, tmp_path, role):
     spec = {"guidance": AdapterSpec(2, 2), "generator": AdapterSpec(4, 8)}[role]
     weights = {name: p.detach() for name, p in shared.named_parameters(role).items()}
-    tensors, config = export_adapter(shared, role, spec, weights)
+    files, config = export_adapter(shared, role, spec, weights)
+    assert list(files) == ["adapter_model"]
+    tensors = files["adapter_model"]
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     theirs = PeftModel.from_pretrained(family.load(torch.float32), tmp_path)

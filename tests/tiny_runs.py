@@ -18,6 +18,7 @@ RL = "--cold-start-iter 2 --clip-reward-model {clip} --hpsv2-reward-model {hpsv2
 METHODS = {
     "dmdr": "--lora-rank 2 --learning-rate-gui 1e-3 --ratio-update 2 --cold-start-iter 1000 --cfg-r 3",
     "sft": "--num-workers 0",
+    "arcflow": "",
 }
 
 

@@ -100,14 +100,12 @@ def latent_shape(family: Family, size_px: tuple[int, int]) -> tuple[int, int, in
     return family.latent_channels, height // family.vae_factor, width // family.vae_factor
 
 
-def adapter_specs(run: Config) -> dict[Role, AdapterSpec]:
-    """Guidance: rank R, alpha R.  Generator: rank 2R, alpha 4R (DMDR's published factor of 2)."""
-    rank = run.lora_rank
-    targets = listed(run.lora_targets)
-    return {
-        "guidance": AdapterSpec(rank, rank, targets),
-        "generator": AdapterSpec(2 * rank, 4 * rank, targets),
-    }
+def adapter_specs(run: Config, family: Family) -> dict[Role, AdapterSpec]:
+    """Guidance: rank R, alpha R.  Generator: the same, but DMDR's of rank 2R, alpha 4R (its published factor of 2)."""
+    rank, named = run.lora_rank, listed(run.lora_targets)
+    targets = named or METHODS[run.method].lora_targets(family)
+    generator = (2 * rank, 4 * rank) if run.method == "dmdr" else (rank, rank)
+    return {"guidance": AdapterSpec(rank, rank, named), "generator": AdapterSpec(*generator, targets)}
 
 
 def assemble(
@@ -133,7 +131,7 @@ def assemble(
     return build_networks(
         family,
         resolved_layout(run),
-        adapter_specs(run),
+        adapter_specs(run, family),
         uses=uses,
         trains=trains,
         dtype=dtype,
@@ -142,6 +140,7 @@ def assemble(
         base_quant=run.base_quant,
         autocast=autocast,
         prepare=initialise,
+        adapt=lambda net, adapter: METHODS[run.method].adapt(net, adapter, settings.method),
     )
 
 

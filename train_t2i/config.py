@@ -10,32 +10,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from train_t2i.errors import UserError
+from train_t2i.flags import flag
+from train_t2i.method_configs import METHOD_CONFIGS, ArcFlowConfig, DirectConfig, DMDRConfig, SFTConfig
 
-Resume = Literal["fatal", "warn", "free"]
-
-
-def flag(
-    default: Any,
-    help: str,
-    *,
-    resume: Resume = "fatal",
-    low: float | None = None,
-    high: float | None = None,
-    above: float | None = None,
-    below: float | None = None,
-    choices: tuple[str, ...] = (),
-) -> Any:
-    """A config field with its flag's help and its bounds: low <= value <= high, above < value < below."""
-    limits = {"low": low, "high": high, "above": above, "below": below, "choices": choices}
-    return dataclasses.field(default=default, metadata={"help": help, "resume": resume, **limits})
-
+__all__ = ["METHOD_CONFIGS", "ArcFlowConfig", "Config", "DMDRConfig", "DirectConfig", "SFTConfig", "Settings", "flag"]
 
 FAMILY_NAMES = ("sdxl", "sd3", "flux", "qwen_image")
-METHOD_NAMES = ("dmdr", "direct", "sft")
-TIME_KINDS = ("uniform", "beta", "logit_normal")
+METHOD_NAMES = tuple(METHOD_CONFIGS)
 BASE_QUANTS = ("fp8", "int8", "nf4")
 # layout -> role -> (module, its adapter)
 LAYOUTS: dict[str, dict[str, tuple[str, str | None]]] = {
@@ -78,8 +62,10 @@ class Config:
     lora_targets: str = flag(
         "", "layers that get a LoRA: comma list of regular expressions for the end of their names; empty: the family's"
     )
-    use_lora_gen: bool = flag(False, "train the generator as a LoRA of twice --lora-rank instead of all weights")
-    lora_rank: int = flag(32, "LoRA rank of the guidance network", low=1)
+    use_lora_gen: bool = flag(
+        False, "train the generator as a LoRA (dmdr: of twice --lora-rank) instead of all weights"
+    )
+    lora_rank: int = flag(32, "LoRA rank of the guidance network, or of what is trained alone", low=1)
     base_quant: str = flag(
         "none",
         "frozen networks: none (in --mixed-precision), or the linear layers of their blocks in 8 or 4 bits (bitsandbytes)",
@@ -144,83 +130,6 @@ class Config:
     )
     dry_run: bool = flag(False, "print the settings and leave", resume="free")
     config: str | None = flag(None, "YAML file of settings; flags win", resume="free")
-
-
-@dataclass(frozen=True)
-class DMDRConfig:
-    """Distribution matching distillation with rewards."""
-
-    learning_rate_gui: float = flag(1e-7, "learning rate of the guidance network", low=0)
-    lora_scale_f: float = flag(2.0, "scale of the guidance adapter in the fake score", low=0)
-    lora_scale_r: float = flag(0.5, "its starting scale in the real score; falls to 0 over --dynamic-step", low=0)
-    cfg_r: float = flag(7.0, "guidance of the real score, drawn within 0.5 of this; 1: none", low=1)
-    cfg_f: float = flag(1.0, "guidance of the fake score, likewise; 1: none", low=1)
-    negative_prompt: str = flag("", "text that guidance moves away from; empty: the model's own default")
-    ratio_update: int = flag(5, "guidance updates a generator update", low=1)
-    dmd_weight: float = flag(1.0, "weight of the distribution matching loss; 0: rewards alone", low=0)
-    cold_start_iter: int = flag(3000, "generator steps before rewards begin", low=0)
-    dynamic_step: int = flag(0, "steps over which the dynamic strategies fade; 0: off", low=0)
-    s_type_gen: str = flag("uniform", "how the student's level is drawn", choices=TIME_KINDS)
-    s_type_gui: str = flag("uniform", "how the time of the scores is drawn", choices=TIME_KINDS)
-    gen_a: float = flag(1.0, "first parameter of --s-type-gen (beta: alpha, logit_normal: mean)")
-    gen_b: float = flag(1.0, "second parameter (beta: beta, logit_normal: deviation)", above=0)
-    gui_a: float = flag(4.0, "first parameter of --s-type-gui")
-    gui_b: float = flag(1.5, "second parameter", above=0)
-    clip_reward_model: str | None = flag(
-        None, "CLIP reward: weights file (DFN5B ViT-H-14) or tower folder; on iff given"
-    )
-    hpsv2_reward_model: str | None = flag(None, "HPSv2.1 reward: weights file or tower folder; on iff given")
-    reward_clip_weight: float = flag(0.3, "weight of the CLIP loss", low=0)
-    reward_hps_weight: float = flag(0.3, "weight of the HPS loss", low=0)
-    reward_margin: float = flag(0.7, "rewards above this are not pushed further")
-    magic_prompt: str = flag("Realistic photo", "words put before the prompt for HPS alone; empty: none")
-    srpo: bool = flag(
-        False, "HPS scores one wording of the prompt relative to another instead (semantic-relative, SRPO)"
-    )
-    srpo_k: float = flag(0.1, "what is left of the plain score: (1 + k) cos(positive) - cos(negative)", low=0)
-    srpo_positive: str = flag("Natural-lighting,Detailed,Realistic", "comma list of words to move towards")
-    srpo_negative: str = flag("Painting,CG Render,Oil", "comma list of words to move away from")
-
-
-@dataclass(frozen=True)
-class DirectConfig:
-    """Regression of the student's whole sampler on the teacher's results, from the same seeded noise."""
-
-    step_checkpointing: bool = flag(
-        False,
-        "keep only the latents between the student's steps and make each step's calls anew in backward",
-        resume="warn",
-    )
-    backprop_steps: int = flag(0, "steps that the gradient goes back through, from the last; 0: all", low=0)
-    huber_delta: float = flag(0.0, "differences above this count linearly (Huber); 0: mean squared error", low=0)
-    states_weight: float = flag(
-        0.0,
-        "weight of the latents between the steps, where the data has the teacher's (pairs --student-num-steps)",
-        low=0,
-    )
-    feature_model: str | None = flag(
-        None, "CLIP tower (weights file or folder) whose view of the images is compared too"
-    )
-    feature_weight: float = flag(0.1, "weight of 1 - cosine of its features", low=0)
-    max_row_steps: int = flag(
-        0, "take each row's num_inference_steps, up to this many; 0: --sample-num-steps for all", low=0, high=500
-    )
-    max_pixels: int = flag(
-        0, "images of their own sizes, of at most so many pixels each, batched by size; 0: all of --resolution", low=0
-    )
-    num_workers: int = flag(4, "processes that read images, where the data is a table of them", resume="free", low=0)
-
-
-@dataclass(frozen=True)
-class SFTConfig:
-    """Denoising on image-text pairs."""
-
-    caption_dropout: float = flag(0.1, "share of rows trained without their caption", low=0, high=1)
-    cache_rows: bool = flag(False, "keep every row's latent and conditioning in memory after its first use")
-    num_workers: int = flag(4, "processes that read images", resume="free", low=0)
-
-
-METHOD_CONFIGS: dict[str, type[Any]] = {"dmdr": DMDRConfig, "direct": DirectConfig, "sft": SFTConfig}
 
 
 @dataclass(frozen=True)

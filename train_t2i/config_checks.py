@@ -43,6 +43,10 @@ def _rows_differ(v: Values) -> bool:
     return v.method == "direct" and v.max_row_steps > 0
 
 
+def _guided(v: Values) -> bool:
+    return v.distill_cfg > 1 if v.method == "arcflow" else v.cfg_r > 1 or v.cfg_f > 1
+
+
 def _sees_images(v: Values) -> bool:
     return _rewarded(v) or (v.method == "direct" and bool(v.feature_model))
 
@@ -74,6 +78,7 @@ UNIFORM_GUI = ("with --s-type-gui uniform", "set --s-type-gui beta or logit_norm
 # --dmd-weight 0, --cold-start-iter at the last step, a reward's weight 0) does not make its settings wrong.
 CONDITIONAL = (
     Acts("sample_num_steps", lambda v: v.method != "sft", "with --method sft", "set --teacher-num-steps"),
+    Acts("sample_type", lambda v: v.method != "arcflow", "with --method arcflow, whose steps have ways of their own", "take dmdr or direct"),
     Acts("sample_type", _few_steps, *ONE_STEP),
     Acts("shift", _few_steps, *ONE_STEP),
     Acts("lora_targets", lambda v: v.use_lora_gen or _guidance_is_lora(v), "where nothing trained is a LoRA", "give --use-lora-gen"),
@@ -97,10 +102,13 @@ CONDITIONAL = (
     Acts("gui_b", lambda v: v.s_type_gui != "uniform", *UNIFORM_GUI),
     Acts(
         "negative_prompt",
-        lambda v: v.cfg_r > 1 or v.cfg_f > 1 or (v.teacher_cfg > 1 and v.sample_steps > 0),
+        lambda v: _guided(v) or (v.teacher_cfg > 1 and v.sample_steps > 0),
         "without guidance, neither in the scores nor in the teacher's sample images",
-        "set --cfg-r above 1",
+        "set --cfg-r (arcflow: --distill-cfg) above 1",
     ),
+    Acts("temperature", lambda v: v.policy == "gmflow", "with --policy momentum", "set --policy gmflow"),
+    Acts("momentum_rate", lambda v: v.policy == "momentum", "with --policy gmflow", "set --policy momentum"),
+    Acts("momentum_rate", lambda v: v.num_components > 1, "with --num-components 1", "set --num-components"),
     Acts("step_checkpointing", _few_steps, *ONE_STEP),
     Acts("backprop_steps", _few_steps, *ONE_STEP),
     Acts("states_weight", lambda v: v.sample_num_steps > 1, *ONE_STEP),
@@ -138,6 +146,8 @@ def check(settings: Settings) -> None:
     _check_targets(run.lora_targets)
     if isinstance(settings.method, DMDRConfig):
         _check_dmdr(run, settings.method)
+    if run.method == "arcflow" and not run.use_lora_gen:
+        raise UserError("--method arcflow trains a LoRA and the layers of its head", "give --use-lora-gen")
     if isinstance(settings.method, DirectConfig):
         _check_direct(run, settings.method)
     _check_acts(settings)

@@ -1,6 +1,6 @@
 """Roles -> (module, adapter): the only place where adapters are made and switched.
 
-An adapter is a named set of LoRA factors on a module.  ``updating(role)`` keeps a role's adapter and scale on through
+An adapter is a named set of modules: LoRA factors, and whole layers in the place of the network's own (ArcFlow's head).  ``updating(role)`` keeps a role's adapter and scale on through
 forward AND backward, since gradient checkpointing re-runs the forward then; every other call switches and restores.
 Shapes: x_t (B, C, H, W); t (B,) fp32 in [0, 1].
 """
@@ -37,6 +37,30 @@ class AdapterSpec:
     targets: tuple[str, ...] = ()
 
 
+class Replaced(nn.Module):
+    """A layer of a network that an adapter may have one of its own for; the others see the network's."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base, self.own = base, nn.ModuleDict()
+        self.active: str | None = None
+
+    def forward(self, *arguments: Any, **named: Any) -> Any:
+        own = self.active is not None and self.active in self.own
+        return (self.own[str(self.active)] if own else self.base)(*arguments, **named)
+
+
+def replace_layer(net: nn.Module, name: str, adapter: str, make: Callable[[nn.Module], nn.Module]) -> None:
+    """Give ``adapter`` a layer of its own, in fp32, where ``net`` has its layer ``name``, which ``make`` is given."""
+    parent, _, child = name.rpartition(".")
+    holder = net.get_submodule(parent)
+    layer = getattr(holder, child)
+    if not isinstance(layer, Replaced):
+        layer = Replaced(layer)
+        setattr(holder, child, layer)
+    layer.own[adapter] = make(layer.base).float()
+
+
 class Networks:
     """The modules of a run and the roles that are played on them.
 
@@ -58,6 +82,7 @@ class Networks:
         self.num_calls = 0  # network calls so far; a guided one counts twice, since it carries twice the rows
         self._selected: dict[str, tuple[str | None, float]] = {}
         self._lora = {name: [m for m in net.modules() if isinstance(m, LoraLayer)] for name, net in modules.items()}
+        self._replaced = {name: [m for m in net.modules() if isinstance(m, Replaced)] for name, net in modules.items()}
         self.entries: dict[Role, nn.Module] = {}  # what to call where a role builds a graph, if not its module
         self._updating: Role | None = None
         self._graph_scale: float | None = None
@@ -146,7 +171,7 @@ class Networks:
         return name, guidance_adapter
 
     def _select(self, name: str, adapter: str | None, scale: float) -> None:
-        """Switch a module's LoRA layers; touches neither requires_grad nor any optimizer (peft's set_adapter does)."""
+        """Switch a module's adapted layers; touches neither requires_grad nor any optimizer (peft's set_adapter does)."""
         if self._selected.get(name) == (adapter, scale):
             return
         for layer in self._lora[name]:
@@ -154,6 +179,8 @@ class Networks:
             if adapter is not None and adapter in layer.lora_A:
                 layer._active_adapter = [adapter]
                 layer.scaling[adapter] = layer.lora_alpha[adapter] / layer.r[adapter] * scale
+        for replaced in self._replaced[name]:
+            replaced.active = adapter
         self._selected[name] = (adapter, scale)
 
 
@@ -218,11 +245,12 @@ def build_networks(
     base_quant: str = "none",
     autocast: Callable[[], AbstractContextManager] = nullcontext,
     prepare: Callable[[dict[str, nn.Module]], None] = lambda modules: None,
+    adapt: Callable[[nn.Module, str], None] = lambda net, adapter: None,
 ) -> Networks:
     """Load what the used roles need, once; trained full modules in fp32, frozen ones in ``dtype``.
 
     ``base_quant`` keeps the blocks of frozen modules in fewer bits (base_quant.py).  ``prepare(modules)`` may load other weights into "gen" before adapters are put on (an initialised generator);
-    ``place(net, block class names)`` puts a finished network on the device.
+    ``adapt(net, adapter)`` gives the generator's adapter layers of its own; ``place(net, block class names)`` puts a finished network on the device.
     """
     routes = LAYOUTS[layout]
     needed = {routes[role][0] for role in uses}
@@ -233,7 +261,10 @@ def build_networks(
         for name in needed - full:
             quantize_blocks(modules[name], family.block_names, base_quant)
     for role in (r for r in uses if routes[r][1] is not None):
-        add_adapter(modules[routes[role][0]], family, str(routes[role][1]), adapters[role])
+        net, adapter = modules[routes[role][0]], str(routes[role][1])
+        add_adapter(net, family, adapter, adapters[role])
+        if role == "generator":
+            adapt(net, adapter)
     for net in modules.values():
         net.requires_grad_(False)
         if checkpointing:
@@ -249,9 +280,16 @@ def build_networks(
 
 def export_adapter(
     networks: Networks, role: Role, spec: AdapterSpec, weights: Mapping[str, Tensor]
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A role's LoRA as peft saves it: (tensors of adapter_model.safetensors, adapter_config.json)."""
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """A role's adapter as files: (file name -> its tensors, peft's adapter_config.json).
+
+    ``adapter_model`` is the LoRA as peft saves it; ``replaced``, where there are any, the layers of the adapter's own, by
+    the names that the network's have.
+    """
     _, adapter = networks.routes[role]
-    tensors = {"base_model.model." + key.replace(f".{adapter}.", "."): tensor for key, tensor in weights.items()}
+    own = f".own.{adapter}."
+    lora = {"base_model.model." + k.replace(f".{adapter}.", "."): t for k, t in weights.items() if own not in k}
+    replaced = {key.replace(own, "."): tensor for key, tensor in weights.items() if own in key}
     config = lora_config(networks.family, spec).to_dict()
-    return tensors, {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
+    files = {"adapter_model": lora} | ({"replaced": replaced} if replaced else {})
+    return files, {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}

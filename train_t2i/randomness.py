@@ -50,6 +50,11 @@ class Draw:
         """(B,) fp32, uniform in [low, high)."""
         return self._scalars([low + (high - low) * rng.random() for rng in self._rows(stream)])
 
+    def uniforms(self, stream: str, count: int) -> Tensor:
+        """(B, count) fp32, uniform in [0, 1)."""
+        rows = [rng.random(count, dtype=np.float32) for rng in self._rows(stream)]
+        return torch.from_numpy(np.stack(rows)).to(self.device, non_blocking=True)
+
     def beta(self, stream: str, a: float, b: float) -> Tensor:
         """(B,) fp32, Beta(a, b)."""
         return self._scalars([rng.beta(a, b) for rng in self._rows(stream)])

@@ -48,14 +48,15 @@ def checkpoint_parts(run: Run) -> dict[str, Part]:
     """What is saved, in memory that training does not touch; empty but for the main process.  All processes call it."""
     states = {role: run.engine.role_state(role) for role in run.method.trains}
     parts = {}
-    specs = build.adapter_specs(run.settings.run)
+    specs = build.adapter_specs(run.settings.run, run.networks.family)
     for role, state in states.items() if run.engine.is_main else ():
-        parts[build.ROLE_FOLDERS[role]] = Part(
-            {"model": state.model, "optimizer": state.optimizer}, {"optimizer": state.values, "scaler": state.scaler}
-        )
+        tensors = {"model": state.model, "optimizer": state.optimizer}
+        if state.average:
+            tensors["ema"] = state.average
+        parts[build.ROLE_FOLDERS[role]] = Part(tensors, {"optimizer": state.values, "scaler": state.scaler})
         if run.networks.routes[role][1] is not None:
-            weights, config = export_adapter(run.networks, role, specs[role], state.model)
-            parts[EXPORTS[role]] = Part({"adapter_model": weights}, {"adapter_config": config})
+            files, config = export_adapter(run.networks, role, specs[role], state.average or state.model)
+            parts[EXPORTS[role]] = Part(files, {"adapter_config": config})
     return parts
 
 
@@ -212,6 +213,7 @@ def restore(run: Run, path: Path) -> None:
             dict(part.tensors["optimizer"]),
             part.values["optimizer"],
             part.values["scaler"],
+            dict(part.tensors.get("ema", {})),
         )
         if not run.engine.fits(role, saved):
             raise UserError(

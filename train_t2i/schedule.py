@@ -149,6 +149,14 @@ def cosine_fall(step: int, num_steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * step / num_steps)) if step < num_steps else 0.0
 
 
+def power_decay(step: int, start: int, power: float) -> float:
+    """What is left of a moving average at the update after ``step``: 0 up to ``start``, then ever nearer to 1.
+
+    Power-function averaging (Karras, arXiv 2312.02696, eq. 127): with t = step + 1 - start, (1 - 1 / t)^(power + 1).
+    """
+    return (1 - 1 / max(step + 1 - start, 1)) ** (power + 1)
+
+
 @dataclass(frozen=True)
 class TimeSampler:
     """How times in [low, high] are drawn: ``uniform``, ``beta`` or ``logit_normal``.

@@ -137,7 +137,8 @@ def load_student(
     networks = build.assemble(
         settings, family, uses=generator, trains=generator, dtype=dtype, place=place_on(device), autocast=autocast
     )
-    load_saved(networks, parts[build.ROLE_FOLDERS["generator"]].tensors["model"], path, settings.run.pretrained_model)
+    tensors = parts[build.ROLE_FOLDERS["generator"]].tensors
+    load_saved(networks, tensors.get("ema", tensors["model"]), path, settings.run.pretrained_model)
     method = build.build_method(settings, networks, device, ())
     sft = settings.run.method == "sft"
     guided = sft and settings.run.teacher_cfg != 1

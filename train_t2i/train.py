@@ -13,7 +13,7 @@ from typing import Any
 
 from train_t2i import __version__, build, cli, log, peers
 from train_t2i.checkpoint import RunFolder
-from train_t2i.config import DMDRConfig, Settings
+from train_t2i.config import ArcFlowConfig, DMDRConfig, Settings
 from train_t2i.engine import AdamSettings, Engine
 from train_t2i.errors import EXIT_DISK, EXIT_DONE, EXIT_NON_FINITE, EXIT_PREEMPTED, UserError
 from train_t2i.feed import Feed, dataset_for
@@ -66,6 +66,8 @@ def loop(run: Run) -> int:
                         engine.backward(role, loss / len(rollouts), last=last)
                         run.log.add(role, metrics)
             report = engine.step(role)
+            if role == "generator" and (decay := method.ema_decay(state.clock.step)) is not None:
+                engine.average(role, decay)
             count_skipped(run, role, report.skipped)
             run.log.add(role, {"grad_norm": report.grad_norm, "lr": rate, "skipped": float(report.skipped)})
         stepped = "generator" in roles
@@ -84,7 +86,8 @@ def after_step(run: Run) -> bool:
     last = step >= cfg.max_train_steps
     if cfg.sample_steps and (step % cfg.sample_steps == 0 or last):
         run.begin("sample")
-        run.sheet.draw(step)
+        with run.engine.averaged("generator"):
+            run.sheet.draw(step)
     minutes = (time.monotonic() - run.saved_at) / 60
     due = cfg.checkpoint_minutes > 0 and minutes >= cfg.checkpoint_minutes
     stopping, on_time, failed = run.engine.any_process(run.stop.asked, due, run.saver.failed)
@@ -235,7 +238,8 @@ def adam_settings(settings: Settings, role: Role) -> AdamSettings:
     run = settings.run
     decay = run.adam_weight_decay if role == "generator" else 0.0
     betas = (run.adam_beta1, run.adam_beta2)
-    return AdamSettings(learning_rate(settings, role, 0), betas, run.adam_epsilon, decay, run.use_8bit_adam)
+    slow = {r"\.log_momenta\.": settings.method.momentum_rate} if isinstance(settings.method, ArcFlowConfig) else {}
+    return AdamSettings(learning_rate(settings, role, 0), betas, run.adam_epsilon, decay, run.use_8bit_adam, slow)
 
 
 def make_log(run: Run, first_tick: int) -> log.RunLog:

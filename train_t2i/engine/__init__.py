@@ -7,8 +7,7 @@ the agreement of all processes on a non-finite update, which is skipped as a who
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
 
@@ -128,13 +127,11 @@ class Engine:
         """Bring the role's moving average up to its weights: ema <- weights + decay (ema - weights)."""
         average.average(self.backend.pieces(role), self.backend.optimizers[role], decay)
 
-    @contextmanager
-    def averaged(self, role: str) -> Iterator[None]:
+    def averaged(self, role: str) -> AbstractContextManager[None]:
         """The role's network with its moving average in the place of its weights, where it has one."""
-        with average.averaged(self.backend.pieces(role), self.backend.optimizers[role]):
-            self.backend.refresh(role)
-            yield
-        self.backend.refresh(role)
+        return average.averaged(
+            self.backend.pieces(role), self.backend.optimizers[role], lambda: self.backend.refresh(role)
+        )
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 

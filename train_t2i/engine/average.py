@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -31,16 +31,23 @@ def average(pieces: Sequence[Piece], optimizer: Optimizer, decay: float) -> None
 
 
 @contextmanager
-def averaged(pieces: Sequence[Piece], optimizer: Optimizer) -> Iterator[None]:
-    """The averages in the place of the weights, where there are any; the weights come back at the end."""
+def averaged(pieces: Sequence[Piece], optimizer: Optimizer, refresh: Callable[[], None]) -> Iterator[None]:
+    """The averages in the place of the weights, where there are any; the weights come back at the end.
+
+    ``refresh`` has the network see what its tensors hold.
+    """
     held = [(t, optimizer.state[t][AVERAGE]) for t in tensors_of(pieces) if AVERAGE in optimizer.state.get(t, {})]
     kept = [tensor.detach().clone() for tensor, _ in held]
-    with torch.no_grad():
-        for tensor, mean in held:
-            tensor.copy_(mean)
+    _put([(tensor, mean) for tensor, mean in held], refresh)
     try:
         yield
     finally:
-        with torch.no_grad():
-            for (tensor, _), before in zip(held, kept, strict=True):
-                tensor.copy_(before)
+        _put([(tensor, before) for (tensor, _), before in zip(held, kept, strict=True)], refresh)
+
+
+@torch.no_grad()
+def _put(values: Sequence[tuple[Tensor, Tensor]], refresh: Callable[[], None]) -> None:
+    for tensor, value in values:
+        tensor.copy_(value)
+    if values:
+        refresh()

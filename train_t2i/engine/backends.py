@@ -166,9 +166,13 @@ class FSDP2(_Plain):
         whole: Any = parameter.detach()  # a DTensor
         return nn.Parameter(whole.to_local())
 
-    def collect(self, role: str) -> None:
-        for net in self.roots:  # a call without a graph leaves a root's rows gathered: the next must see the update
+    def refresh(self, role: str) -> None:
+        """A call without a graph leaves a root's rows gathered: the next must see what has changed."""
+        for net in self.roots:
             net.reshard()
+
+    def collect(self, role: str) -> None:
+        self.refresh(role)
         for parameter, own in zip(self.named[role].values(), self.tensors[role], strict=True):
             gradient: Any = parameter.grad  # a DTensor
             own.grad = torch.zeros_like(own) if gradient is None else gradient.to_local()

@@ -47,6 +47,7 @@ class RoleState:
     optimizer: dict[str, Tensor] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
     scaler: dict[str, Any] = field(default_factory=dict)  # the fp16 loss scale
+    average: dict[str, Tensor] = field(default_factory=dict)  # the moving average of the model, where there is one
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def collect(pieces: Sequence[Piece], optimizer: Optimizer, rank: int, world: int
     for source in range(1, world):
         for message, tensor in _receive(headers[source], source, pieces[0].tensor.device):
             assembled.put(message, tensor)
-    return RoleState(assembled.model, assembled.optimizer, assembled.values(pieces, optimizer))
+    return assembled.state(pieces, optimizer)
 
 
 def _messages(pieces: Sequence[Piece], optimizer: Optimizer) -> Iterator[tuple[Message, Tensor]]:
@@ -145,13 +146,16 @@ class _Assembled:
     def __init__(self) -> None:
         self.model: dict[str, Tensor] = {}
         self.optimizer: dict[str, Tensor] = {}
+        self.average: dict[str, Tensor] = {}
         self.segments: dict[str, list[list[int]]] = {}
 
     def put(self, message: Message, part: Tensor) -> None:
         if message.key in quantized.STATES:
             self._put_segment(message, part)
             return
-        target, label = (self.optimizer, f"{message.name}/{message.key}") if message.key else (self.model, message.name)
+        target, label = {"": (self.model, message.name), AVERAGE: (self.average, message.name)}.get(
+            message.key, (self.optimizer, f"{message.name}/{message.key}")
+        )
         if label not in target:
             target[label] = torch.empty(message.shape, dtype=message.dtype)
         target[label].view(-1)[message.start : message.start + message.numel] = part.cpu()
@@ -163,11 +167,13 @@ class _Assembled:
             segments.append(place)
         self.optimizer[f"{message.name}/{message.key}/{message.start}"] = part.cpu().clone()
 
-    def values(self, pieces: Sequence[Piece], optimizer: Optimizer) -> dict[str, Any]:
+    def state(self, pieces: Sequence[Piece], optimizer: Optimizer) -> RoleState:
         state = optimizer.state.get(pieces[0].tensor, {})
         step = float(state["step"]) if state else 0.0
-        found = {"optimizer": type(optimizer).__name__, "step": step}
-        return found | ({"segments": self.segments} if self.segments else {})
+        values: dict[str, Any] = {"optimizer": type(optimizer).__name__, "step": step}
+        if self.segments:
+            values["segments"] = self.segments
+        return RoleState(self.model, self.optimizer, values, average=self.average)
 
 
 # -- from a checkpoint into the processes ----------------------------------------------------------------------------
@@ -195,7 +201,7 @@ def distribute(saved: RoleState, pieces: Sequence[Piece], optimizer: Optimizer) 
         create_state(optimizer, missing)
     for tensor, on_it in by_tensor.items():
         state = optimizer.state[tensor]
-        _load_average(state, tensor, on_it, saved.optimizer)
+        _load_average(state, tensor, on_it, saved.average)
         if "segments" in saved.values or quantized.is_quantized(state):
             quantized.load(state, tensor, on_it, saved.optimizer, saved.values.get("segments", {}))
         else:
@@ -206,10 +212,10 @@ def distribute(saved: RoleState, pieces: Sequence[Piece], optimizer: Optimizer) 
 def _load_average(state: dict[str, Any], tensor: Tensor, pieces: Sequence[Piece], saved: Mapping[str, Tensor]) -> None:
     """No optimizer makes one: it is there iff the checkpoint has it."""
     state.pop(AVERAGE, None)
-    if f"{pieces[0].name}/{AVERAGE}" in saved:
+    if saved:
         state[AVERAGE] = torch.zeros_like(tensor)
         for piece in pieces:
-            piece.of(state[AVERAGE]).copy_(_part(saved[f"{piece.name}/{AVERAGE}"], piece))
+            piece.of(state[AVERAGE]).copy_(_part(saved[piece.name], piece))
 
 
 def _part(whole: Tensor, piece: Piece) -> Tensor:

@@ -121,6 +121,7 @@ class Family(Protocol):
 
     path: Path
     lora_targets: tuple[str, ...]  # expressions for the end of a layer's name, from a dot on
+    policy_targets: tuple[str, ...]  # of them, for a network whose head says a policy (ArcFlow); none: it cannot
     denoiser_name: str  # in its pipeline: of the network's folder, and before the names of a LoRA
     block_names: tuple[str, ...]  # class names of the repeated blocks: sharding and checkpointing units
     latent_channels: int

@@ -21,6 +21,7 @@ from train_t2i.families.loading import load_autoencoder, load_pipeline, load_tin
 from train_t2i.schedule import RectifiedFlow, even_times
 
 PATCH = 2  # latent cells a token, along one side
+TIME_EMBEDDING = tuple(rf"time_text_embed\.timestep_embedder\.linear_{i}" for i in (1, 2))
 
 
 def pack(x: Tensor) -> Tensor:
@@ -105,6 +106,10 @@ class FlowFamily:
     @property
     def lora_targets(self) -> tuple[str, ...]:
         raise NotImplementedError
+
+    @property
+    def policy_targets(self) -> tuple[str, ...]:
+        return ()
 
     @property
     def max_side_px(self) -> int | None:

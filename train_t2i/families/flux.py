@@ -15,7 +15,12 @@ from torch import Tensor, nn
 
 from train_t2i.errors import UserError
 from train_t2i.families.base import Cond, FamilyOptions
-from train_t2i.families.flow import PATCH, FlowFamily, pack, told_time, unpack
+from train_t2i.families.flow import PATCH, TIME_EMBEDDING, FlowFamily, pack, told_time, unpack
+
+FEED_FORWARD = (
+    r"ff\.net\.0\.proj", r"ff\.net\.2", r"ff_context\.net\.0\.proj", r"ff_context\.net\.2",
+    "proj_mlp", r"single_transformer_blocks\.\d+\.proj_out",
+)  # fmt: skip
 
 
 class FLUX(FlowFamily):
@@ -37,9 +42,11 @@ class FLUX(FlowFamily):
     def lora_targets(self) -> tuple[str, ...]:
         """Attention and feed-forward of every block; ``proj_out`` of the single blocks, not the network's own."""
         attention = ("to_q", "to_k", "to_v", r"to_out\.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
-        forward = (r"ff\.net\.0\.proj", r"ff\.net\.2", r"ff_context\.net\.0\.proj", r"ff_context\.net\.2")
-        single = ("proj_mlp", r"single_transformer_blocks\.\d+\.proj_out")
-        return (*(rf"attn\.{name}" for name in attention), *forward, *single)
+        return (*(rf"attn\.{name}" for name in attention), *FEED_FORWARD)
+
+    @property
+    def policy_targets(self) -> tuple[str, ...]:
+        return (*FEED_FORWARD, *TIME_EMBEDDING)
 
     def lora_state(self, state: dict[str, Tensor], net: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
         return self.Pipeline.lora_state_dict(state, return_alphas=True)

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from train_t2i.errors import UserError
 from train_t2i.families.base import Cond, FamilyOptions, classifier_free
-from train_t2i.families.flow import PATCH, FlowFamily, pack, told_time, unpack
+from train_t2i.families.flow import PATCH, TIME_EMBEDDING, FlowFamily, pack, told_time, unpack
 
 
 class QwenImage(FlowFamily):
@@ -37,15 +37,23 @@ class QwenImage(FlowFamily):
     @property
     def lora_targets(self) -> tuple[str, ...]:
         """Attention and feed-forward, but in the last block what only its text output needs, which nothing reads."""
-        text = rf"transformer_blocks\.(?!{self.config['num_layers'] - 1}\.)\d+\."
         image = ("to_q", "to_k", "to_v", r"to_out\.0", "add_k_proj", "add_v_proj")
-        forward = (r"net\.0\.proj", r"net\.2")
-        return (
-            *(rf"attn\.{name}" for name in image),
-            *(rf"{text}attn\.{name}" for name in ("add_q_proj", "to_add_out")),
-            *(rf"img_mlp\.{name}" for name in forward),
-            *(rf"{text}txt_mlp\.{name}" for name in forward),
-        )
+        text = (rf"{self._with_text}attn\.{name}" for name in ("add_q_proj", "to_add_out"))
+        return (*(rf"attn\.{name}" for name in image), *text, *self._feed_forward)
+
+    @property
+    def policy_targets(self) -> tuple[str, ...]:
+        return (*self._feed_forward, *TIME_EMBEDDING)
+
+    @property
+    def _with_text(self) -> str:
+        """The blocks whose text output is read: all but the last."""
+        return rf"transformer_blocks\.(?!{self.config['num_layers'] - 1}\.)\d+\."
+
+    @property
+    def _feed_forward(self) -> tuple[str, ...]:
+        names = (r"net\.0\.proj", r"net\.2")
+        return (*(rf"img_mlp\.{name}" for name in names), *(rf"{self._with_text}txt_mlp\.{name}" for name in names))
 
     def _encode(self, prompts: list[str]) -> Cond:
         tokens, mask = self.pipe.encode_prompt(prompts, device=self.device, max_sequence_length=self.text_length)

@@ -34,6 +34,7 @@ class SDXL:
         "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2",
         "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj",
     )  # fmt: skip
+    policy_targets: tuple[str, ...] = ()
     denoiser_name = "unet"
     block_names: tuple[str, ...] = ("BasicTransformerBlock", "ResnetBlock2D")
     latent_channels = 4

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from train_t2i.families.base import Cond, Family
 from train_t2i.networks import Networks, Role
@@ -89,7 +89,22 @@ class Method(Protocol):
     parts: int
     columns: dict[Role, tuple[str, ...]]  # the metrics that ``losses`` reports, a role
 
-    def roles_at(self, clock: Clock) -> tuple[Role, ...]: ...
+    @staticmethod
+    def lora_targets(family: Family) -> tuple[str, ...]:
+        """The layers that get a LoRA where a run names none."""
+        return family.lora_targets
+
+    @staticmethod
+    def adapt(net: nn.Module, adapter: str, config: Any) -> None:
+        """Give the generator's adapter layers of its own; nothing unless a method needs it."""
+
+    def roles_at(self, clock: Clock) -> tuple[Role, ...]:
+        """Who is updated at a tick, in this order."""
+        return self.trains
+
+    def ema_decay(self, step: int) -> float | None:
+        """What is left of the generator's moving average at an update; None: the method has none."""
+        return None
 
     def rollout(self, batch: Batch, clock: Clock) -> Any: ...
 

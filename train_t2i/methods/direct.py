@@ -24,7 +24,7 @@ from torch import Tensor
 from train_t2i import losses
 from train_t2i.config import DirectConfig
 from train_t2i.families.base import Cond
-from train_t2i.methods.base import Batch, Clock, Metrics, Setting, sample_student
+from train_t2i.methods.base import Batch, Clock, Method, Metrics, Setting, sample_student
 from train_t2i.networks import Role
 from train_t2i.randomness import seeded_noise
 from train_t2i.sampling import trajectory
@@ -40,7 +40,7 @@ class Rollout:
     renoise: Callable[[int], Tensor] | None
 
 
-class Direct:
+class Direct(Method):
     uses: tuple[Role, ...] = ("generator",)
     trains: tuple[Role, ...] = ("generator",)
     data = "pairs"
@@ -55,9 +55,6 @@ class Direct:
     @property
     def _has_terms(self) -> bool:
         return self.config.states_weight > 0 or self.setting.features is not None
-
-    def roles_at(self, clock: Clock) -> tuple[Role, ...]:
-        return ("generator",)
 
     @torch.no_grad()
     def rollout(self, batch: Batch, clock: Clock) -> Rollout:

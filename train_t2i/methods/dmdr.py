@@ -24,7 +24,7 @@ from torch import Tensor
 from train_t2i import losses
 from train_t2i.config import DMDRConfig
 from train_t2i.families.base import Cond
-from train_t2i.methods.base import Batch, Clock, Metrics, RewardTerm, Setting, sample_student
+from train_t2i.methods.base import Batch, Clock, Method, Metrics, RewardTerm, Setting, sample_student
 from train_t2i.networks import Role
 from train_t2i.randomness import Draw
 from train_t2i.sampling import few_step, simulate_to
@@ -43,7 +43,7 @@ class Rollout:
     t: Tensor  # (B,)
 
 
-class DMDR:
+class DMDR(Method):
     uses: tuple[Role, ...] = ("generator", "guidance", "teacher")
     trains: tuple[Role, ...] = ("generator", "guidance")
     data = "prompts"

@@ -14,7 +14,7 @@ from torch import Tensor
 from train_t2i import losses
 from train_t2i.config import SFTConfig
 from train_t2i.families.base import Cond
-from train_t2i.methods.base import Batch, Clock, Metrics, Setting, drop_captions
+from train_t2i.methods.base import Batch, Clock, Method, Metrics, Setting, drop_captions
 from train_t2i.networks import Role
 from train_t2i.randomness import Draw
 from train_t2i.sampling import many_step
@@ -28,7 +28,7 @@ class Rollout:
     latents: Tensor  # (B, C, H, W)
 
 
-class SFT:
+class SFT(Method):
     uses: tuple[Role, ...] = ("generator",)
     trains: tuple[Role, ...] = ("generator",)
     data = "images"
@@ -39,9 +39,6 @@ class SFT:
         self.config, self.setting, self.num_steps, self.cfg = config, setting, num_steps, cfg
         self._cached: dict[int, tuple[Cond, Tensor]] = {}
         self.columns: dict[Role, tuple[str, ...]] = {"generator": ("loss",)}
-
-    def roles_at(self, clock: Clock) -> tuple[Role, ...]:
-        return ("generator",)
 
     def rollout(self, batch: Batch, clock: Clock) -> Rollout:
         draw = self.setting.draw(clock, batch.indices)

@@ -1,0 +1,24 @@
+"""One setting as a field of a dataclass: its default, its help, its bounds, and what a change means when a run goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+Resume = Literal["fatal", "warn", "free"]
+
+
+def flag(
+    default: Any,
+    help: str,
+    *,
+    resume: Resume = "fatal",
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    choices: tuple[str, ...] = (),
+) -> Any:
+    """A config field with its flag's help and its bounds: low <= value <= high, above < value < below."""
+    limits = {"low": low, "high": high, "above": above, "below": below, "choices": choices}
+    return dataclasses.field(default=default, metadata={"help": help, "resume": resume, **limits})

@@ -1,0 +1,121 @@
+"""What each method reads beside what every run does: one dataclass a method, rules as in config.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from train_t2i.flags import flag
+
+TIME_KINDS = ("uniform", "beta", "logit_normal")
+POLICIES = ("momentum", "gmflow")
+
+
+@dataclass(frozen=True)
+class DMDRConfig:
+    """Distribution matching distillation with rewards."""
+
+    learning_rate_gui: float = flag(1e-7, "learning rate of the guidance network", low=0)
+    lora_scale_f: float = flag(2.0, "scale of the guidance adapter in the fake score", low=0)
+    lora_scale_r: float = flag(0.5, "its starting scale in the real score; falls to 0 over --dynamic-step", low=0)
+    cfg_r: float = flag(7.0, "guidance of the real score, drawn within 0.5 of this; 1: none", low=1)
+    cfg_f: float = flag(1.0, "guidance of the fake score, likewise; 1: none", low=1)
+    negative_prompt: str = flag("", "text that guidance moves away from; empty: the model's own default")
+    ratio_update: int = flag(5, "guidance updates a generator update", low=1)
+    dmd_weight: float = flag(1.0, "weight of the distribution matching loss; 0: rewards alone", low=0)
+    cold_start_iter: int = flag(3000, "generator steps before rewards begin", low=0)
+    dynamic_step: int = flag(0, "steps over which the dynamic strategies fade; 0: off", low=0)
+    s_type_gen: str = flag("uniform", "how the student's level is drawn", choices=TIME_KINDS)
+    s_type_gui: str = flag("uniform", "how the time of the scores is drawn", choices=TIME_KINDS)
+    gen_a: float = flag(1.0, "first parameter of --s-type-gen (beta: alpha, logit_normal: mean)")
+    gen_b: float = flag(1.0, "second parameter (beta: beta, logit_normal: deviation)", above=0)
+    gui_a: float = flag(4.0, "first parameter of --s-type-gui")
+    gui_b: float = flag(1.5, "second parameter", above=0)
+    clip_reward_model: str | None = flag(
+        None, "CLIP reward: weights file (DFN5B ViT-H-14) or tower folder; on iff given"
+    )
+    hpsv2_reward_model: str | None = flag(None, "HPSv2.1 reward: weights file or tower folder; on iff given")
+    reward_clip_weight: float = flag(0.3, "weight of the CLIP loss", low=0)
+    reward_hps_weight: float = flag(0.3, "weight of the HPS loss", low=0)
+    reward_margin: float = flag(0.7, "rewards above this are not pushed further")
+    magic_prompt: str = flag("Realistic photo", "words put before the prompt for HPS alone; empty: none")
+    srpo: bool = flag(
+        False, "HPS scores one wording of the prompt relative to another instead (semantic-relative, SRPO)"
+    )
+    srpo_k: float = flag(0.1, "what is left of the plain score: (1 + k) cos(positive) - cos(negative)", low=0)
+    srpo_positive: str = flag("Natural-lighting,Detailed,Realistic", "comma list of words to move towards")
+    srpo_negative: str = flag("Painting,CG Render,Oil", "comma list of words to move away from")
+
+
+@dataclass(frozen=True)
+class DirectConfig:
+    """Regression of the student's whole sampler on the teacher's results, from the same seeded noise."""
+
+    step_checkpointing: bool = flag(
+        False,
+        "keep only the latents between the student's steps and make each step's calls anew in backward",
+        resume="warn",
+    )
+    backprop_steps: int = flag(0, "steps that the gradient goes back through, from the last; 0: all", low=0)
+    huber_delta: float = flag(0.0, "differences above this count linearly (Huber); 0: mean squared error", low=0)
+    states_weight: float = flag(
+        0.0,
+        "weight of the latents between the steps, where the data has the teacher's (pairs --student-num-steps)",
+        low=0,
+    )
+    feature_model: str | None = flag(
+        None, "CLIP tower (weights file or folder) whose view of the images is compared too"
+    )
+    feature_weight: float = flag(0.1, "weight of 1 - cosine of its features", low=0)
+    max_row_steps: int = flag(
+        0, "take each row's num_inference_steps, up to this many; 0: --sample-num-steps for all", low=0, high=500
+    )
+    max_pixels: int = flag(
+        0, "images of their own sizes, of at most so many pixels each, batched by size; 0: all of --resolution", low=0
+    )
+    num_workers: int = flag(4, "processes that read images, where the data is a table of them", resume="free", low=0)
+
+
+@dataclass(frozen=True)
+class SFTConfig:
+    """Denoising on image-text pairs."""
+
+    caption_dropout: float = flag(0.1, "share of rows trained without their caption", low=0, high=1)
+    cache_rows: bool = flag(False, "keep every row's latent and conditioning in memory after its first use")
+    num_workers: int = flag(4, "processes that read images", resume="free", low=0)
+
+
+@dataclass(frozen=True)
+class ArcFlowConfig:
+    """The student says a velocity for every time of a segment, and imitates the teacher along the way that it leads."""
+
+    policy: str = flag(
+        "momentum", "the velocities: momentum (ArcFlow's closed form), gmflow (pi-Flow's mixture)", choices=POLICIES
+    )
+    num_components: int = flag(
+        16, "velocities that are mixed, each pixel in its own way; 1: an Euler step", low=1, high=64
+    )
+    num_queries: int = flag(4, "times at which a segment is compared with the teacher", low=1, high=64)
+    window_substeps: float = flag(
+        3.0, "time over which the student's mean is matched, in 128ths of the whole; 0: a point", low=0, high=128
+    )
+    gate_dropout: float = flag(0.1, "share of velocities left out of the way that leads to the queries", low=0, below=1)
+    mixing_steps: int = flag(
+        1000, "steps over which the way goes from the teacher's to the student's own; 0: its own at once", low=0
+    )
+    distill_cfg: float = flag(4.0, "guidance of the teacher that is imitated; 1: none", low=1)
+    negative_prompt: str = flag("", "text that guidance moves away from; empty: the model's own default")
+    momentum_rate: float = flag(0.1, "learning rate of the momenta, in that of the generator", above=0)
+    ema_start: int = flag(100, "steps before the moving average of the weights begins", low=0)
+    ema_power: float = flag(7.0, "its power (Karras): the share of the last tenth of all steps grows with it", low=0)
+    temperature: float = flag(
+        1.0, "of gmflow's mixture in all sampling steps but the last (pi-Flow: 0.3 of 4 steps)", above=0, high=1
+    )
+
+
+METHOD_CONFIGS: dict[str, type[Any]] = {
+    "dmdr": DMDRConfig,
+    "direct": DirectConfig,
+    "arcflow": ArcFlowConfig,
+    "sft": SFTConfig,
+}
