@@ -7,19 +7,25 @@ source "$(dirname -- "${BASH_SOURCE[0]}")/launch.sh"
 PROMPTS=t2i-2m-filtered-prompts.txt # in the folder where the launcher is called, or where `fetch` puts it
 [[ -e "$PROMPTS" ]] || PROMPTS="$CHECKPOINTS/$PROMPTS"
 
-every_stage() {
+every_method() {
   #       flag                    published    tiny world: docs/recipe.md says why
-  setting method                  dmdr
   setting output-dir              runs
-  setting data-path-train         "$PROMPTS"   "${OUTPUT_DIR:-runs}/prompts.txt"
   setting mixed-precision         bf16         no
   setting use-8bit-adam           on           off
   setting gradient-checkpointing  on           off
   setting seed                    30
+  setting batch-size-test         2            8
+}
+
+every_stage() { # of DMDR
+  every_method
+  setting method                  dmdr
+  setting data-path-train         "$PROMPTS"   "${OUTPUT_DIR:-runs}/prompts.txt"
   setting use-lora-gen            on
   setting lora-rank               32           16
   setting lora-scale-f            2.0
   setting lora-scale-r            0.5
+  setting cfg-r                   "$GUIDANCE"  "$TEACHER_GUIDANCE"
   setting cfg-f                   1
   setting ratio-update            5            2
   setting sample-type             ode
@@ -29,52 +35,54 @@ every_stage() {
   setting gui-b                   1.5          -
   setting dynamic-step            2000         50
   setting lr-warmup-steps         0            10
-  setting batch-size-test         2            8
 }
 
+# GUIDANCE is the published one of a model's teacher, TEACHER_GUIDANCE that of its tiny sibling
+
 sd3() { # SD3-medium at 512, four steps
+  GUIDANCE=7 TEACHER_GUIDANCE=2
   setting pretrained-model   stabilityai/stable-diffusion-3-medium-diffusers  "$CHECKPOINTS/tiny-sd3"
   setting resolution         512   64
   setting sample-num-steps   4
   setting shift              3
   setting text-length        128   32
-  setting cfg-r              7     2
-  setting teacher-cfg        7     2
 }
 
 sd35() { # SD3.5-large at 1024, four steps
+  GUIDANCE=4 TEACHER_GUIDANCE=2
   setting pretrained-model   stabilityai/stable-diffusion-3.5-large  "$CHECKPOINTS/tiny-sd3"
   setting resolution         1024  64
   setting sample-num-steps   4
   setting shift              5
   setting text-length        128   32
-  setting cfg-r              4     2
-  setting teacher-cfg        4     2
 }
 
 flux() { # STEPS: FLUX.1-dev at 1024; guidance is a number that the network is told, so there is no second call for it
+  GUIDANCE=1 TEACHER_GUIDANCE=1
   setting pretrained-model   black-forest-labs/FLUX.1-dev  "$CHECKPOINTS/tiny-flux"
   setting resolution         1024  64
   setting sample-num-steps   "$1"
   setting shift              3.2
   setting text-length        512   32
   setting guidance-embed     3.5   2
-  setting cfg-r              1
-  setting teacher-cfg        1
 }
 
 qwen_image() { # STEPS: Qwen-Image at 1024
+  GUIDANCE=4 TEACHER_GUIDANCE=2
   setting pretrained-model   Qwen/Qwen-Image  "$CHECKPOINTS/tiny-qwen-image"
   setting resolution         1024  64
   setting sample-num-steps   "$1"
   setting shift              3.2
   setting text-length        512   -
-  setting cfg-r              4     2
-  setting teacher-cfg        4     2
+}
+
+teacher_images() { # of the sample sheets, for methods that have a teacher at hand
+  setting teacher-cfg  "$GUIDANCE"  "$TEACHER_GUIDANCE"
 }
 
 cold_start() { # STEPS in the tiny world: distribution matching alone, from the teacher's own weights
   every_stage
+  teacher_images
   setting lr-scheduler      constant  cosine
   setting max-train-steps   2001      "$1"
   setting cold-start-iter   2001      "$1"
@@ -85,6 +93,7 @@ cold_start() { # STEPS in the tiny world: distribution matching alone, from the 
 rewards() { # FOLDER OF STAGE 1, ITS STEPS in the tiny world: distribution matching and rewards, from stage 1's checkpoint
   local stage_1="${OUTPUT_DIR:-runs}/$1/checkpoints/torch_units"
   every_stage
+  teacher_images
   setting resume-ckpt         "$stage_1/step-2000.pt"                 "$stage_1/step-$2.pt"
   setting cold-start-iter     2000                                    "$2"
   setting clip-reward-model   "$CHECKPOINTS/Apple_CLIP-H-14-224.bin"  "$CHECKPOINTS/tiny-clip"
@@ -107,4 +116,26 @@ srpo() { # FOLDER OF STAGE 1, ITS STEPS: HPS of one wording relative to another 
   setting reward-hps-weight   5
   setting sample-steps        20                 50
   setting checkpoint-steps    50
+}
+
+arcflow() { # STEPS OF MIXING, ALL STEPS: ArcFlow's published settings for both models
+  every_method
+  teacher_images
+  setting method                       arcflow
+  setting data-path-train              "$PROMPTS"   "${OUTPUT_DIR:-runs}/prompts.txt"
+  setting use-lora-gen                 on
+  setting lora-rank                    256          32
+  setting distill-cfg                  "$GUIDANCE"  "$TEACHER_GUIDANCE"
+  setting batch-size                   4            32
+  setting learning-rate-gen            1e-4         1e-3
+  setting adam-beta2                   0.95
+  setting adam-weight-decay            0
+  setting max-grad-norm                50
+  setting lr-scheduler                 constant     cosine
+  setting lr-warmup-steps              100          10
+  setting mixing-steps                 "$1"         50
+  setting ema-start                    100          50
+  setting max-train-steps              "$2"         300
+  setting sample-steps                 500          100
+  setting checkpoint-steps             500          50
 }

@@ -54,7 +54,7 @@ check_count() { # VARIABLE VALUE: before it is reckoned with, since bash would e
 }
 
 make_tiny_data() { # EXTRA ARGUMENTS...: what the tiny column names and nobody has made; nothing where the caller names other data
-  local folder="${OUTPUT_DIR:-runs}" argument
+  local folder="${OUTPUT_DIR:-runs}" argument pairs
   [[ "$TINY" == 1 && -z "${DATA_PATH_TRAIN+given}" ]] || return 0
   for argument in "$@"; do
     [[ ! "$argument" =~ ^(-h|--help|--dry[-_]run|--data[-_]path[-_]train) ]] || return 0
@@ -63,9 +63,11 @@ make_tiny_data() { # EXTRA ARGUMENTS...: what the tiny column names and nobody h
   ( # nodes that share the folder, one at a time; the lock ends with this subshell
     ! command -v flock >/dev/null 2>&1 || flock 9
     [[ -e "$folder/prompts.txt" ]] || tiny_prompts "$folder/prompts.txt"
-    if [[ " ${ARGUMENTS[*]} " == *" --data-path-train=$folder/pairs "* && ! -e "$folder/pairs/metadata.csv" ]]; then
-      tiny_pairs "$folder/pairs" "$folder/prompts.txt" 768
-    fi
+    for argument in "${ARGUMENTS[@]}"; do # pairs of tiny-sdxl, pairs_NAME of another
+      [[ "$argument" == "--data-path-train=$folder/pairs"* ]] || continue
+      pairs="${argument#--data-path-train=}"
+      [[ -e "$pairs/metadata.csv" ]] || tiny_pairs "$pairs" "$folder/prompts.txt" 768 "$(sed 's/.*pairs_*//' <<<"$pairs")"
+    done
   ) 9>"$folder/.tiny_data.lock"
 }
 

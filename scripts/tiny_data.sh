@@ -9,8 +9,13 @@ tiny_prompts() { # FILE: complete or absent
   mv -- "$1.part" "$1"
 }
 
-tiny_pairs() { # FOLDER PROMPTS COUNT: (noise, prompt, teacher latent); begun before, it goes on
-  "$PYTHON" -m train_t2i pairs --out "$1" --pretrained-model "$SETUP_ROOT/checkpoints/tiny-sdxl" --count "$3" \
-    --data-path-train "$2" --num-inference-steps 25 --cfg-scale "$TINY_GUIDANCE" --resolution 64 \
-    --mixed-precision no --batch-size 64
+tiny_pairs() { # FOLDER PROMPTS COUNT [MODEL]: (noise, prompt, teacher latent); begun before, it goes on
+  local model="${4:-sdxl}"
+  local -a told=(--cfg-scale "$TINY_GUIDANCE")
+  case "$model" in
+    sd3) told+=(--text-length 32) ;;
+    flux) told=(--cfg-scale 1 --guidance-embed "$TINY_GUIDANCE" --text-length 32) ;;
+  esac
+  "$PYTHON" -m train_t2i pairs --out "$1" --pretrained-model "$SETUP_ROOT/checkpoints/tiny-${model//_/-}" --count "$3" \
+    --data-path-train "$2" --num-inference-steps 25 --resolution 64 --mixed-precision no --batch-size 64 "${told[@]}"
 }

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# ArcFlow: FLUX.1-dev in two network calls, each of which says a velocity for half of the way.  BACKEND=ddp|fsdp2|zero2|zero3.
+#
+#   bash scripts/single_node/arcflow_flux.sh [FLAGS]    TINY=1 for the tiny world
+# shellcheck source=scripts/flow.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/../flow.sh"
+
+flux 2 # these rows come first
+arcflow 2000 10000
+#       flag          published
+setting exp-name      arcflow_flux
+launch "$@"
