@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from train_t2i import build
 from train_t2i.__main__ import main
 from train_t2i.config import ArcFlowConfig, Config, Settings
 from train_t2i.errors import UserError
+from train_t2i.families.flow import pack
 from train_t2i.methods.arcflow import LOSS_SCALE, ArcFlow
 from train_t2i.methods.base import Batch, Clock
 from train_t2i.networks import Networks, Replaced
@@ -386,3 +389,37 @@ def test_networks_call_the_layers_of_the_adapter_that_is_on(folders):
         networks.predict("generator", rollout.noise, torch.ones(2), rollout.cond)
         assert layer.active == "generator"  # stays on for the recomputation in backward
     assert layer.active is None
+
+
+# -- in other hands --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_exported_folder_samples_as_the_student_does(name, folders, prompts_file, tmp_path):
+    """A stock network of more channels, and the folder's own pipeline code, which needs nothing of ours."""
+    run = train(tmp_path, "run", "--max-train-steps 3 --learning-rate-gen 1e-2", folders[name], prompts_file)
+    out = tmp_path / "exported"
+    assert main(["export", str(run), "--out", str(out)]) == 0
+    code = (out / "pipeline.py").read_text()
+    assert "train_t2i" not in code
+    spec = importlib.util.spec_from_file_location(f"exported_{name}", out / "pipeline.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    pipe = module.PolicyPipeline.from_pretrained(out)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.transformer.proj_out.out_features == 4 * (3 * 16 + 3 + 2)
+    student = load_student(str(run))
+    call = json.loads((out / "recommended.json").read_text())
+    assert call["num_inference_steps"] == 2
+    noise = torch.randn((2, *student.latent_shape), generator=torch.Generator().manual_seed(0))
+    cond = student.family.encode(PROMPTS, None)
+    mine = student.sample(cond, noise, lambda i: noise)
+    theirs = pipe(PROMPTS, latents=pack(noise), output_type="latent", **call).images
+    torch.testing.assert_close(theirs.reshape(2, -1), pack(mine).reshape(2, -1), rtol=1e-4, atol=1e-4)
+
+
+def test_a_mixture_is_not_exported(folders, prompts_file, tmp_path, capsys):
+    run = train(tmp_path, "run", "--max-train-steps 1 --policy gmflow", folders["flux"], prompts_file)
+    assert main(["export", str(run), "--out", str(tmp_path / "out")]) == 2
+    assert "--policy gmflow has no pipeline" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

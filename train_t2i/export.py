@@ -52,10 +52,38 @@ def merge_adapters(net: nn.Module) -> nn.Module:
     return net
 
 
+def own_layers(net: Any, adapter: str) -> None:
+    """Put an ArcFlow generator's own layers into the network, which stays one that stock diffusers loads: of more channels."""
+    from train_t2i.networks import Replaced
+
+    net.norm_out, head = (
+        layer.own[adapter] if isinstance(layer, Replaced) else layer for layer in (net.norm_out, net.proj_out)
+    )
+    net.proj_out = head.as_linear()
+    net.register_to_config(out_channels=net.proj_out.out_features // net.config.patch_size**2)
+
+
+def check_policy(model: ImageModel) -> None:
+    if model.settings.method.policy != "momentum":
+        raise UserError(
+            f"--policy {model.settings.method.policy} has no pipeline: its steps are more than one sum",
+            "sample with python -m train_t2i sample",
+        )
+
+
+def pipeline_file(pipeline: type) -> str:
+    """The code that an ArcFlow student's folder is sampled with, for the model's own pipeline class."""
+    source = Path(__file__).with_name("policy_pipeline.py").read_text(encoding="utf-8")
+    return source.replace("FluxPipeline", pipeline.__name__)
+
+
 def build_pipeline(model: ImageModel) -> tuple[Any, dict[str, Any]]:
     """(the pipeline, its recommended call)."""
     run, family = model.settings.run, model.family
     supervised = run.method == "sft"
+    if run.method == "arcflow":
+        check_policy(model)
+        own_layers(model.network, "generator")
     scheduler = many_step_scheduler(model) if supervised else student_scheduler(model)
     pipe = family.pipeline(merge_adapters(model.network), scheduler, model.latent_shape[1:])
     height_px, width_px = model.settings.size_px
@@ -68,14 +96,16 @@ def build_pipeline(model: ImageModel) -> tuple[Any, dict[str, Any]]:
     return pipe, recommended
 
 
-def write_folder(pipe: Any, recommended: dict[str, Any], out: Path) -> None:
-    """The folder, complete or absent."""
+def write_folder(pipe: Any, recommended: dict[str, Any], out: Path, code: str = "") -> None:
+    """The folder, complete or absent; with the ``code`` that it is sampled with, where that is not diffusers' own."""
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         pipe.save_pretrained(temporary)
         text = json.dumps(recommended, indent=1) + "\n"
         (temporary / "recommended.json").write_text(text, encoding="utf-8")
+        if code:
+            (temporary / "pipeline.py").write_text(code, encoding="utf-8")
         os.rename(temporary, out)  # noqa: PTH104 - refuses a folder that came meanwhile and has something in it
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -113,7 +143,10 @@ def main(arguments: Sequence[str]) -> int:
     pipe, recommended = build_pipeline(model)
     if config.dtype != "fp32":
         pipe.to({"fp16": torch.float16, "bf16": torch.bfloat16}[config.dtype])
-    write_folder(pipe, recommended, out)
+    needs_code = model.settings.run.method == "arcflow"
+    write_folder(pipe, recommended, out, pipeline_file(type(pipe)) if needs_code else "")
     call = ", ".join(f"{name}={value!r}" for name, value in recommended.items())
     print(f"{out}: pipe(prompt, {call})")
+    if needs_code:
+        print(f"it is sampled with {out}/pipeline.py: docs/methods.md says how to load it")
     return EXIT_DONE

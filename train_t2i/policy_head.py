@@ -20,8 +20,8 @@ FIRST_MOMENTUM, LAST_MOMENTUM = 0.2, 4.0  # ArcFlow: the K - 1 momenta begin eve
 class PolicyHead(nn.Module):
     """Linear layers that begin as the teacher's velocity in every component, equal gates, and fixed momenta.
 
-    ``policy`` momentum: K C means, K gates, K - 1 log-momenta; gmflow: K C means, K gates, the logarithm of one deviation
-    an image.  ``base`` is the network's own linear layer.
+    ``policy`` momentum: K C means, K gates, K - 1 log-momenta; gmflow: K C means, K gates, and what all tokens' mean is the
+    logarithm of, the deviation.  ``base`` is the network's own linear layer.
     """
 
     def __init__(self, base: Any, policy: str, num_components: int) -> None:
@@ -32,7 +32,7 @@ class PolicyHead(nn.Module):
         self.log_momenta = (
             _silent(width, (num_components - 1) * CELLS) if policy == "momentum" and num_components > 1 else None
         )
-        self.log_std = _silent(width, 1) if policy == "gmflow" else None
+        self.log_std = _silent(width, CELLS) if policy == "gmflow" else None
         with torch.no_grad():
             self.means.weight.copy_(base.weight.float().repeat(num_components, 1))
             biases = torch.zeros(num_components, base.out_features // CELLS, 1)  # the same in a token's cells
@@ -48,13 +48,21 @@ class PolicyHead(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, channels * 4)."""
-        parts = [self.means(tokens), self.gates(tokens)]
-        if self.log_momenta is not None:
-            parts.append(self.log_momenta(tokens))
-        if self.log_std is not None:  # of the image as a whole: the tokens' mean decides, not what they are trained for
-            log_std = self.log_std(tokens.detach().mean(dim=1, keepdim=True))
-            parts.append(log_std.expand(-1, tokens.shape[1], CELLS))
-        return torch.cat(parts, dim=-1)
+        return torch.cat([layer(tokens) for layer in self.layers()], dim=-1)
+
+    def layers(self) -> list[nn.Linear]:
+        """Those that there are, in the order of their channels."""
+        wanted = (self.means, self.gates, self.log_momenta, self.log_std)
+        return [layer for layer in wanted if layer is not None]
+
+    def as_linear(self) -> nn.Linear:
+        """One layer of the same output, as a stock network of that many channels has it."""
+        layers = self.layers()
+        whole = nn.Linear(self.means.in_features, sum(layer.out_features for layer in layers))
+        with torch.no_grad():
+            whole.weight.copy_(torch.cat([layer.weight for layer in layers]))
+            whole.bias.copy_(torch.cat([layer.bias for layer in layers]))
+        return whole
 
 
 def _silent(width: int, outputs: int) -> nn.Linear:

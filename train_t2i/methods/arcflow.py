@@ -12,7 +12,7 @@ Departures from the published code:
 4. No dropout in the LoRA: a row's result then depends on nothing but the row.
 5. Gradients are clipped from the first step, not from the hundredth on.
 6. The guided teacher is the one that its pipeline samples (Qwen-Image's keeps the length of the conditional velocity).
-7. gmflow: the deviation is read off the tokens' mean, not off the time embedding; segments are equally long.
+7. gmflow: the deviation is read off the tokens, whose mean it is, not off the time embedding; segments are equally long.
 """
 
 from __future__ import annotations
