@@ -3,15 +3,16 @@
 ArcFlow (arXiv 2602.09014) mixes K velocities whose strengths grow or fade exponentially with time, so that the way to any
 later time is a closed form.  pi-Flow (arXiv 2510.14974) introduced the idea and the training; its policy is in gmflow.py.
 
-Shapes: B rows; K components; C H W latent; sigma, a, b are (B,) times of the flow, 1 = noise, with a >= b; tau is raw time,
-(B,) in [0, 1], which ``schedule.shift_time`` turns into sigma.  Everything is pure, and fp32 unless it is given in fp64.
+Shapes: B rows; K components; C H W latent; sigma, a, b are (B,) times of the flow, 1 = noise, with a >= b; raw time is in
+[0, 1] too, and ``schedule.shift_time`` turns it into sigma.  Everything is pure, and fp32 unless it is given in fp64.
 
 Departures from ArcFlow's published code:
 1. The mean velocity is a sum of closed forms, through ``phi``, and not the difference of two positions over a small gap:
-   no cancellation (an error of 2e-7 where the difference has 1e-3), no floor under the gap, a gradient at log-momentum 0.
+   no cancellation, no floor under the gap, a gradient at log-momentum 0.
 2. Log-momenta are bounded, with ``bound_log_momentum``; theirs overflow fp32 at 88.
 3. Gates are normalised once, here, in fp32.
-4. A sum over the product of weights and velocities, and no einsum: that one saves a copy of all K velocities a call.
+4. A sum over the product of weights and velocities, and no einsum: for more than one row that saves a copy of all K
+   velocities a call, and it is a matrix product, which a GPU rounds where TF32 is allowed.
 """
 
 from __future__ import annotations
