@@ -208,7 +208,7 @@ def test_a_dry_run_prints_the_settings_of_the_same_run(tmp_path, capsys, flags):
 
 def test_settings_survive_a_checkpoint():
     for method in METHOD_NAMES:
-        settings = parse(["--method", method, "--resolution", "64x32"])
+        settings = parse(["--method", method, "--resolution", "64x32", "--use-lora-gen"])
         stored = json.loads(json.dumps(settings.as_dict()))
         assert Settings.from_dict(stored | {"gone": 1}) == settings
         assert settings.size_px == (32, 64)

@@ -23,6 +23,8 @@ CASES = {
     "dmdr-1": REWARDED + " --use-lora-gen",
     "dmdr-4": "--sample-num-steps 4 --dynamic-step 9 --lora-scale-r 0.5 --s-type-gui beta --gui-a 4 " + REWARDED,
     "direct": "--method direct",
+    "direct-rows": "--method direct --max-row-steps 3 --sample-num-steps 2 --step-checkpointing --backprop-steps 1 "
+    "--sample-type ode --feature-model {clip} --tiny-vae {tiny_vae}",
     "sft": "--method sft --caption-dropout 0.5",
 }
 
@@ -76,7 +78,7 @@ def test_a_tick_stays_on_its_device_and_shows_the_host_nothing(case, sdxl_folder
     with FakeTensorMode(allow_non_fake_inputs=True):
         method = moved(on_host, settings)
         latents, images = torch.zeros(2, *method.setting.latent_shape), torch.zeros(2, 3, 32, 32)
-        batch = Batch([3, 4], PROMPTS, rows=[0, 1], images=images, noise=latents, latents=latents)
+        batch = Batch([3, 4], PROMPTS, rows=[0, 1], images=images, seeds=[3, 4], num_steps=[1, 3], latents=latents)
         clock = Clock(tick=4, step=0, tick_in_step=4)
         rollout = method.rollout(batch, clock)
         for role in method.roles_at(clock):

@@ -56,10 +56,11 @@ def own_layers(net: Any, adapter: str) -> None:
     """Put an ArcFlow generator's own layers into the network, which stays one that stock diffusers loads: of more channels."""
     from train_t2i.networks import Replaced
 
-    net.norm_out, head = (
-        layer.own[adapter] if isinstance(layer, Replaced) else layer for layer in (net.norm_out, net.proj_out)
-    )
-    net.proj_out = head.as_linear()
+    norm, head = net.norm_out, net.proj_out
+    assert isinstance(norm, Replaced)
+    assert isinstance(head, Replaced)
+    own: Any = head.own[adapter]
+    net.norm_out, net.proj_out = norm.own[adapter], own.as_linear()
     net.register_to_config(out_channels=net.proj_out.out_features // net.config.patch_size**2)
 
 
