@@ -81,8 +81,8 @@ def test_the_lora_of_a_run(name: str, folders: dict[str, Path], tmp_path: Path) 
     nets = tiny.networks(family, "shared", rank=RANK)
     tiny.shake(nets.modules["base"])
     weights = {key: p.detach().clone() for key, p in nets.named_parameters("generator").items()}
-    tensors, config = export_adapter(nets, "generator", spec, weights)
-    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    files, config = export_adapter(nets, "generator", spec, weights)
+    save_file(files["adapter_model"], tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     net = family.load(torch.float32)
     plain = {key: value.clone() for key, value in net.state_dict().items()}
