@@ -11,7 +11,6 @@ direct() { # NAME OF THE PAIRS: the student's whole sampler against the teacher'
   setting data-path-train         "runs/$1"  "${OUTPUT_DIR:-runs}/$1"
   setting sample-type             ode
   setting batch-size              1          32
-  setting adam-weight-decay       0.01
   setting lr-scheduler            constant   cosine
   setting lr-warmup-steps         0          20
   setting max-train-steps         2000       300

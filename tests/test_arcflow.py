@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from flow_models import CFG, save_flow
 from PIL import Image
 from safetensors.torch import load_file
+from test_methods import assert_close
 from tiny_runs import stopped_at
 from torch import Tensor
 
@@ -52,7 +53,7 @@ def arcflow(folder: Path, steps: int = 2, **config) -> ArcFlow:
                 method="arcflow", pretrained_model=str(folder), use_lora_gen=True, sample_num_steps=steps, shift=SHIFT,
                 resolution="48x32", text_length=24, mixed_precision="no", lora_rank=2,
             ),
-            ArcFlowConfig(**{"num_components": 4, "mixing_steps": 0, "distill_cfg": CFG[family_name(folder)], **config}),
+            ArcFlowConfig(**{"num_components": 4, "mixing_steps": 0, "distill_cfg": CFG[folder.name], **config}),
         )
     )  # fmt: skip
     family = build.build_family(settings.run, torch.float32)
@@ -60,10 +61,6 @@ def arcflow(folder: Path, steps: int = 2, **config) -> ArcFlow:
         settings, family, uses=ArcFlow.uses, trains=ArcFlow.trains, dtype=torch.float32, place=lambda net, blocks: None
     )
     return build.build_method(settings, networks, CPU, ())
-
-
-def family_name(folder: Path) -> str:
-    return folder.name
 
 
 def shaken(algorithm: ArcFlow) -> ArcFlow:
@@ -92,12 +89,6 @@ def update(algorithm: ArcFlow, rollouts, clock: Clock | None = None) -> tuple[li
     return found, [
         p.grad.clone() if p.grad is not None else torch.zeros_like(p) for p in networks.parameters("generator")
     ]
-
-
-def assert_close(mine: list[Tensor], other: list[Tensor], rtol: float = 1e-4) -> None:
-    a, b = (torch.cat([g.flatten() for g in gradients]) for gradients in (mine, other))
-    assert b.norm() > 0
-    assert float((a - b).norm() / b.norm()) < rtol
 
 
 # -- the head --------------------------------------------------------------------------------------------------------
@@ -347,6 +338,17 @@ def test_the_sheet_shows_the_average_too(run):
     for i, image in enumerate(images):
         shown = np.asarray(Image.open(run / "samples" / "step 4" / f"student_{i:03d}.png")).astype(float) / 255
         assert np.abs(shown - image.permute(1, 2, 0).numpy()).max() < 0.006
+
+
+def test_a_run_that_goes_on_begins_with_the_same_sheet(folders, prompts_file, tmp_path):
+    """Its first images are of the average, as those that the stopped run drew."""
+    more = "--sample-steps 2 --learning-rate-gen 1e-2"
+    whole = train(tmp_path, "whole", more, folders["flux"], prompts_file)
+    cut = stopped_at(whole, 2, "cut")
+    shown = [path.read_bytes() for path in sorted((cut / "samples" / "step 2").glob("*.png"))]
+    again = train(tmp_path, "cut", f"{more} --auto-resume", folders["flux"], prompts_file)
+    assert shown
+    assert [path.read_bytes() for path in sorted((again / "samples" / "step 2").glob("*.png"))] == shown
 
 
 def test_the_exported_files_hold_the_adapter(run):

@@ -22,7 +22,7 @@ from train_t2i.base_quant import (
     QuantizedLinear,
     quantized_layers,
 )
-from train_t2i.config import BASE_QUANTS, Config
+from train_t2i.config import BASE_QUANTS, Config, DMDRConfig, Settings
 from train_t2i.errors import UserError
 from train_t2i.families import load_family
 from train_t2i.networks import Networks
@@ -185,10 +185,11 @@ def test_a_run_goes_on_bit_for_bit_and_its_student_stands_on_the_whole_base(trai
 
 
 def test_what_cannot_be_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Settings(Config(base_quant="int8"), DMDRConfig())
     with pytest.raises(UserError, match="--base-quant int8 does not go with --backend zero2: quantised"):
-        build.check_base_quant(Config(base_quant="int8"), "zero2")
-    build.check_base_quant(Config(base_quant="int8"), "ddp")
+        build.check_started(settings, "zero2")
+    build.check_started(settings, "ddp")
     monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
     with pytest.raises(UserError, match="--base-quant needs bitsandbytes"):
-        build.check_base_quant(Config(base_quant="int8"), "ddp")
-    build.check_base_quant(Config(), "fsdp2")
+        build.check_started(settings, "ddp")
+    build.check_started(Settings(Config(), DMDRConfig()), "fsdp2")

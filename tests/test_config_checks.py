@@ -68,6 +68,10 @@ CANNOT_WORK = [
     ("--sample-num-steps 4 --s-type-gen beta --gen-a 0", "--gen-a"),
     ("--s-type-gui beta --gui-a -1", "--gui-a"),
     ("--method arcflow", "give --use-lora-gen"),
+    (
+        "--method direct --sample-num-steps 4 --step-checkpointing --backend zero3",
+        "--step-checkpointing does not go with --backend zero3",
+    ),
     ("--method direct --sample-num-steps 4 --states-weight 1", "set --sample-type ode"),
     ("--method direct --sample-num-steps 4 --sample-type ode --states-weight 1 --max-row-steps 4", "give one"),
     ("--method direct --sample-num-steps 4 --max-pixels 4096 --shift 0", "give --shift a number"),

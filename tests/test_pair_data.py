@@ -21,11 +21,13 @@ from tiny_runs import stopped_at
 from torch import Tensor
 from trainer import Trainer
 
+from train_t2i.cli import parse
 from train_t2i.errors import EXIT_USER, UserError
 from train_t2i.families import load_family
 from train_t2i.feed import Feed
 from train_t2i.pair_data import BucketOrder, ImagePairs, Wanted, open_pairs
 from train_t2i.randomness import seeded_noise
+from train_t2i.resume import check_sizes
 
 PROMPT = "精致肖像，水下少女，蓝裙飘逸，发丝轻扬，光影透澈，气泡环绕，面容恬静，细节精致，梦幻唯美。"
 HEADER = "image,prompt,seed,rand_device,num_inference_steps,cfg_scale"
@@ -201,6 +203,21 @@ def test_a_run_on_images_of_several_sizes_goes_on_bit_for_bit(trainer: Trainer, 
     tiny.assert_same_logs(whole, again)
     (first, *_) = tiny.log_lines(whole)
     assert first["loss"] == pytest.approx(first["loss_latent"] + 0.1 * first["loss_features"], rel=1e-5)
+
+
+def test_batches_of_one_size_stay_what_they_were(trainer: Trainer, sizes_table):
+    """Four rows that share a size cannot become three, nor other fours, in the middle of a run."""
+    flags = f"--data-path-train {sizes_table} --max-pixels 1536 --num-workers 0"
+    run = trainer.run("run", f"{flags} --batch-size 4 --max-train-steps 1", "direct")
+    more = f"{flags} --batch-size 2 --gradient-accumulation-steps 2 --max-train-steps 2 --auto-resume"
+    ended = trainer.ends(run.name, more, "direct")
+    assert ended.code == EXIT_USER
+    assert "this run's batches of one size have 4 rows, these processes would take 2 at a time" in ended.err
+    record = {"settings": {"batch_size": 4}}
+    settings = parse(["--method", "direct", "--max-pixels", "1536", "--batch-size", "4"])
+    check_sizes(settings, record, 2)
+    with pytest.raises(UserError, match="would take 3 at a time"):
+        check_sizes(settings, record, 3)
 
 
 def test_reading_processes_change_nothing(trainer: Trainer, sizes_table):

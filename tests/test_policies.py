@@ -21,11 +21,10 @@ from train_t2i.policies import (
     match_window,
     phi,
     query_intervals,
-    segment_times,
     split_momentum,
     unshift_time,
 )
-from train_t2i.schedule import per_row, shift_time
+from train_t2i.schedule import RectifiedFlow, per_row, shift_time
 
 SHIFT = 3.2  # ArcFlow's and pi-Flow's
 ROWS, CHANNELS = 3, 2
@@ -141,29 +140,13 @@ def test_unshift_undoes_shift(shift):
 
 
 @pytest.mark.parametrize(
-    ("num_steps", "last_ratio", "sigmas"),
-    [
-        (1, 1.0, [1, 0]),
-        (1, 0.5, [1, 0]),
-        (2, 1.0, [1, 0.761904762, 0]),
-        (4, 1.0, [1, 0.905660377, 0.761904762, 0.516129032, 0]),
-        (4, 0.5, [1, 8 / 9, 12 / 17, 8 / 23, 0]),
-    ],
+    ("num_steps", "sigmas"), [(1, [1, 0]), (2, [1, 0.761904762, 0]), (4, [1, 0.905660377, 0.761904762, 0.516129032, 0])]
 )
-def test_segments(num_steps, last_ratio, sigmas):
-    boundaries = segment_times(num_steps, last_ratio)
-    assert boundaries.dtype == torch.float32
-    assert_close(shift_time(boundaries, SHIFT), torch.tensor(sigmas, dtype=torch.float32), 1e-6)
-    lengths = -boundaries.diff()
-    assert_close(lengths[:-1], lengths[:1].expand(num_steps - 1), 1e-6)
-    if num_steps > 1:
-        assert float(lengths[-1] / lengths[0]) == pytest.approx(last_ratio, rel=1e-5)
-
-
-@pytest.mark.parametrize("wrong", [(0, 1.0), (-1, 1.0), (2, 0.0), (2, -0.5)])
-def test_segments_that_cannot_be(wrong):
-    with pytest.raises(ValueError, match="segment"):
-        segment_times(*wrong)
+def test_segments_lie_between_the_times_of_the_students_grid(num_steps, sigmas):
+    """ArcFlow's published times; their raw times are evenly spaced."""
+    grid = RectifiedFlow(SHIFT).grid(num_steps)
+    assert_close(grid, torch.tensor(sigmas, dtype=torch.float32), 1e-6)
+    assert_close(-unshift_time(grid, SHIFT).diff(), torch.full((num_steps,), 1 / num_steps), 1e-6)
 
 
 def test_the_match_window():
@@ -172,7 +155,7 @@ def test_the_match_window():
     assert match_window(1 / 64) == 1 / 64  # three substeps are more than all
     assert match_window(1 / 1000) == 1 / 1000
     assert match_window(0.5, window_substeps=1, total_substeps=64) == 1 / 64
-    top = times(1, 0.75, 0.5, 0.25, 3 / 128)  # how wide it is in sigma: reference 1.4
+    top = times(1, 0.75, 0.5, 0.25, 3 / 128)  # how wide it is in sigma
     width = shift_time(top, SHIFT) - shift_time(top - match_window(0.5), SHIFT)
     assert_close(width, times(0.0074, 0.0109, 0.0174, 0.0323, 0.0713), 5e-5)
 

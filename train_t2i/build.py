@@ -23,7 +23,7 @@ from train_t2i.config import (
     resolved_layout,
     reward_weights,
 )
-from train_t2i.config_checks import check_shared_out
+from train_t2i.config_checks import check_backend
 from train_t2i.errors import UserError
 from train_t2i.families import FAMILIES, Family, family_of, load_family
 from train_t2i.initial_weights import TAKES, load_generator_weights
@@ -144,10 +144,10 @@ def assemble(
     )
 
 
-def check_base_quant(run: Config, backend: str) -> None:
-    """Raises UserError where the frozen weights cannot be quantised: told before anything loads."""
-    check_shared_out(run.base_quant, backend)
-    if run.base_quant != "none":
+def check_started(settings: Settings, backend: str) -> None:
+    """Raises UserError for what cannot run here: told before anything loads, when it is known which ``backend`` it is."""
+    check_backend(settings, backend)
+    if settings.run.base_quant != "none":
         base_quant.library()
 
 

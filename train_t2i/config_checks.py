@@ -141,7 +141,7 @@ def check(settings: Settings) -> None:
         raise UserError(
             f"--exp-name {run.exp_name!r}: not a plain folder name", "name one folder; --output-dir says where it lies"
         )
-    check_shared_out(run.base_quant, run.backend)
+    check_backend(settings, run.backend)
     _check_student(run)
     _check_targets(run.lora_targets)
     if isinstance(settings.method, DMDRConfig):
@@ -170,12 +170,18 @@ def check_bounds(name: str, value: Any, limits: Any) -> None:
         raise UserError(f"{name} {value}: must be at most {limits['high']}")
 
 
-def check_shared_out(base_quant: str, backend: str) -> None:
-    """Raises UserError for codes on a backend that shares weights out; ``auto`` is asked again when it is known which."""
+def check_backend(settings: Settings, backend: str) -> None:
+    """Raises UserError for what a backend cannot do; ``auto`` is asked again when it is known what it stands for."""
+    base_quant = settings.run.base_quant
     if base_quant != "none" and backend in ("fsdp2", "zero2", "zero3"):
         raise UserError(
             f"--base-quant {base_quant} does not go with --backend {backend}: quantised weights are not shared out",
             "use --backend ddp",
+        )
+    if backend == "zero3" and isinstance(settings.method, DirectConfig) and settings.method.step_checkpointing:
+        raise UserError(
+            "--step-checkpointing does not go with --backend zero3: weights are given up between forward and backward",
+            "use --gradient-checkpointing, or --backend fsdp2",
         )
 
 

@@ -60,7 +60,7 @@ class DirectConfig:
     huber_delta: float = flag(0.0, "differences above this count linearly (Huber); 0: mean squared error", low=0)
     states_weight: float = flag(
         0.0,
-        "weight of the latents between the steps, where the data has the teacher's (pairs --student-num-steps)",
+        "weight of the latents between the steps, where the data has the teacher's (pairs --states)",
         low=0,
     )
     feature_model: str | None = flag(

@@ -44,19 +44,6 @@ def unshift_time(sigma: Tensor, shift: float) -> Tensor:
     return sigma / (shift + (1 - shift) * sigma)
 
 
-def segment_times(num_steps: int, last_ratio: float = 1.0) -> Tensor:
-    """(num_steps + 1,) fp32 raw times, from 1 to 0, between which each network call's policy holds.
-
-    The last segment is ``last_ratio`` times as long as the others (1: ArcFlow, 0.5: pi-Flow).
-    """
-    if num_steps < 1:
-        raise ValueError(f"a trajectory has at least 1 segment, not {num_steps}")
-    if last_ratio <= 0:
-        raise ValueError(f"the last segment's length is a positive multiple of the others', not {last_ratio}")
-    left = torch.arange(num_steps - 1, -1, -1, dtype=torch.float64) + last_ratio  # in lengths of a common segment
-    return torch.cat([left / left[0], torch.zeros(1)]).float()
-
-
 def match_window(length: float, window_substeps: float = 3.0, total_substeps: int = RAW_SUBSTEPS) -> float:
     """Raw time over which the policy's mean is matched to the teacher's velocity, in a segment of raw ``length``.
 

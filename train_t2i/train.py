@@ -21,7 +21,17 @@ from train_t2i.methods import METHODS
 from train_t2i.networks import Networks, Role
 from train_t2i.pair_data import Pairs
 from train_t2i.prompt_cache import CachedText, PromptCache
-from train_t2i.resume import check_grid, check_resumable, check_rows, find_checkpoint, kept_batch, owns, restore, save
+from train_t2i.resume import (
+    check_grid,
+    check_resumable,
+    check_rows,
+    check_sizes,
+    find_checkpoint,
+    kept_batch,
+    owns,
+    restore,
+    save,
+)
 from train_t2i.run import Run, State, StopRequest
 from train_t2i.sheet import SampleSheet, sheet_prompts
 from train_t2i.storage import FULL
@@ -49,8 +59,7 @@ def loop(run: Run) -> int:
     """Train to ``max_train_steps``; returns the exit code."""
     cfg, engine, method, state = run.settings.run, run.engine, run.method, run.state
     ticks = run.feed.ticks(state.samples_seen)
-    run.begin("sample")
-    run.sheet.draw(state.clock.step)
+    draw_sheet(run)
     while state.clock.step < cfg.max_train_steps:
         run.begin("tick")
         engine.seed(cfg.seed, state.clock.tick)
@@ -80,14 +89,19 @@ def loop(run: Run) -> int:
     return EXIT_DONE
 
 
+def draw_sheet(run: Run) -> None:
+    """The sample images of where the run stands, of the generator's moving average where it has one."""
+    run.begin("sample")
+    with run.engine.averaged("generator"):
+        run.sheet.draw(run.state.clock.step)
+
+
 def after_step(run: Run) -> bool:
     """Sample and save what is due at a step boundary; True if the run was asked to stop (and has saved)."""
     cfg, step = run.settings.run, run.state.clock.step
     last = step >= cfg.max_train_steps
     if cfg.sample_steps and (step % cfg.sample_steps == 0 or last):
-        run.begin("sample")
-        with run.engine.averaged("generator"):
-            run.sheet.draw(step)
+        draw_sheet(run)
     minutes = (time.monotonic() - run.saved_at) / 60
     due = cfg.checkpoint_minutes > 0 and minutes >= cfg.checkpoint_minutes
     stopping, on_time, failed = run.engine.any_process(run.stop.asked, due, run.saver.failed)
@@ -148,7 +162,7 @@ def prepare(settings: Settings, folder: RunFolder, engine: Engine, stop: StopReq
             "put --output-dir on a disk that all machines share",
         )
     check_trains(settings, record["step"])
-    build.check_base_quant(cfg, engine.backend_name)
+    build.check_started(settings, engine.backend_name)
     found = build.check_rewards(settings.method)
     build.check_initial(cfg)
     data = dataset_for(kind.data, settings)
@@ -182,6 +196,7 @@ def prepare(settings: Settings, folder: RunFolder, engine: Engine, stop: StopReq
     batch = cfg.batch_size, cfg.gradient_accumulation_steps
     if resume_from and owns(folder, resume_from):
         batch = kept_batch(cfg, record, engine.world)
+        check_sizes(settings, record, batch[0])
         told += told_of_batch(record, engine, batch)
     feed = Feed(data, cfg.seed, *batch, engine.rank, engine.world, workers, cfg.batch_size)
     quiet_log = log.RunLog(folder.root, method.columns, is_main=False)
