@@ -316,7 +316,7 @@ def test_a_run_goes_on_bit_for_bit(name, policy, folders, prompts_file, tmp_path
 
 @pytest.fixture(scope="module")
 def run(folders, prompts_file, tmp_path_factory) -> Path:
-    more = "--sample-steps 4 --learning-rate-gen 3e-2"  # the average lies visibly behind the weights
+    more = "--sample-steps 4 --learning-rate-gen 0.2"  # the average lies visibly behind the weights
     return train(tmp_path_factory.mktemp("run"), "run", more, folders["flux"], prompts_file)
 
 
@@ -341,7 +341,7 @@ def test_the_sheet_shows_the_average_too(run):
         made = student.family.decode(student.sample(cond, noise, lambda i: noise)).detach().permute(0, 2, 3, 1)
         return float(np.abs(np.stack(shown) - made.numpy()).max())
 
-    assert apart() < 0.006  # of eight bits
+    assert apart() < 0.0025  # half of a step of eight bits
     weights = load_file(run / "checkpoints" / "accelerator_1" / "step-4" / "model.safetensors")
     load_saved(dict(student.network.named_parameters()), weights)
     assert apart() > 0.02
@@ -355,7 +355,7 @@ def load_saved(named: dict[str, torch.nn.Parameter], weights: dict[str, Tensor])
 
 def test_a_run_that_goes_on_begins_with_the_same_sheet(folders, prompts_file, tmp_path):
     """Its first images are of the average, as those that the stopped run drew."""
-    more = "--sample-steps 2 --learning-rate-gen 1e-2"
+    more = "--sample-steps 2 --learning-rate-gen 0.2"
     whole = train(tmp_path, "whole", more, folders["flux"], prompts_file)
     cut = stopped_at(whole, 2, "cut")
     shown = [path.read_bytes() for path in sorted((cut / "samples" / "step 2").glob("*.png"))]
