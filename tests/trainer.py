@@ -19,6 +19,7 @@ def flags_of(root: Path, sdxl: Path, tiny_vae: Path, prompts: Path, images: Path
         "dmdr": f"--method dmdr --data-path-train {prompts} --lora-rank 2 --learning-rate-gui 1e-3 --ratio-update 2 "
         "--cold-start-iter 1000 --cfg-r 3 --teacher-num-steps 2",
         "direct": f"--method direct --data-path-train {pairs}",
+        "arcflow": f"--method arcflow --data-path-train {prompts}",
         "sft": f"--method sft --data-path-train {images} --teacher-num-steps 2 --num-workers 0",
         "rewards": f"--tiny-vae {tiny_vae}",
     }
