@@ -10,15 +10,6 @@ FAMILIES="${FAMILIES:-sd3 flux qwen_image}"
 # shellcheck source=scripts/tiny_world.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/tiny_world.sh"
 
-teacher_of() { # FAMILY: the flags of its teacher
-  case "$1" in
-    sd3) printf '%s\n' --pretrained-model "$CHECKPOINTS/tiny-sd3" --teacher-cfg 2 --text-length 32 ;;
-    flux) printf '%s\n' --pretrained-model "$CHECKPOINTS/tiny-flux" --teacher-cfg 1 --guidance-embed 2 --text-length 32 ;;
-    qwen_image) printf '%s\n' --pretrained-model "$CHECKPOINTS/tiny-qwen-image" --teacher-cfg 2 ;;
-    *) setup_fail "FAMILIES: unknown family $1" "one of sd3 flux qwen_image" ;;
-  esac
-}
-
 distil() { # LAUNCHER'S NAME: a cold start, DMD with rewards from where it ends, a row of the table for each
   local cold="cold_start_$1" dmdr="dmdr_$1_refl"
   stage "$cold" train "$cold" "$cold"
@@ -29,10 +20,8 @@ distil() { # LAUNCHER'S NAME: a cold start, DMD with rewards from where it ends,
 stage scenes scenes
 runs=()
 for family in $FAMILIES; do
-  teacher="$(teacher_of "$family")"
-  flags=()
-  while IFS= read -r flag; do flags+=("$flag"); done <<<"$teacher" # macOS's bash 3.2 has no mapfile
-  stage "evaluate-teacher-$family" evaluate "teacher-$family" --teacher "${flags[@]}" --teacher-num-steps 25 --resolution 64
+  [[ "$family" =~ ^(sd3|flux|qwen_image)$ ]] || setup_fail "FAMILIES: unknown family $family" "one of sd3 flux qwen_image"
+  stage "evaluate-teacher-$family" evaluate_teacher "$family" "teacher-$family"
   if [[ "$family" == sd3 ]]; then names=(sd3); else names=("${family}_4step" "${family}_2step"); fi
   for name in "${names[@]}"; do
     distil "$name"

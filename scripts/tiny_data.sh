@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What the tiny world trains on.  Expects PYTHON and SETUP_ROOT (setup.sh).
 
-TINY_GUIDANCE=2 # the best of the tiny teacher (docs/recipe.md)
+TINY_GUIDANCE=2 # the best of the tiny teachers (docs/recipe.md)
 
 tiny_prompts() { # FILE: complete or absent
   mkdir -p -- "$(dirname -- "$1")"
@@ -9,13 +9,20 @@ tiny_prompts() { # FILE: complete or absent
   mv -- "$1.part" "$1"
 }
 
-tiny_pairs() { # FOLDER PROMPTS COUNT [MODEL]: (noise, prompt, teacher latent); begun before, it goes on
-  local model="${4:-sdxl}"
-  local -a told=(--cfg-scale "$TINY_GUIDANCE")
-  case "$model" in
-    sd3) told+=(--text-length 32) ;;
-    flux) told=(--cfg-scale 1 --guidance-embed "$TINY_GUIDANCE" --text-length 32) ;;
+tiny_teacher() { # FAMILY: sets TEACHER, the flags that say which model it is and what it is told, and TEACHER_CFG
+  TEACHER=(--pretrained-model "$SETUP_ROOT/checkpoints/tiny-${1//_/-}" --resolution 64)
+  TEACHER_CFG="$TINY_GUIDANCE"
+  case "$1" in
+    sd3) TEACHER+=(--text-length 32) ;;
+    flux) # guidance is a number that the network is told: no second call for it
+      TEACHER+=(--guidance-embed "$TINY_GUIDANCE" --text-length 32)
+      TEACHER_CFG=1
+      ;;
   esac
-  "$PYTHON" -m train_t2i pairs --out "$1" --pretrained-model "$SETUP_ROOT/checkpoints/tiny-${model//_/-}" --count "$3" \
-    --data-path-train "$2" --num-inference-steps 25 --resolution 64 --mixed-precision no --batch-size 64 "${told[@]}"
+}
+
+tiny_pairs() { # FOLDER PROMPTS COUNT [FAMILY]: (noise, prompt, teacher latent); begun before, it goes on
+  tiny_teacher "${4:-sdxl}"
+  "$PYTHON" -m train_t2i pairs --out "$1" "${TEACHER[@]}" --cfg-scale "$TEACHER_CFG" --count "$3" --data-path-train "$2" \
+    --num-inference-steps 25 --mixed-precision no --batch-size 64
 }

@@ -15,7 +15,7 @@ TABLE="${TABLE:-$WORK/table.json}"
 mkdir -p -- "$WORK"
 
 # The files that decide what a stage makes, beside its own command and settings and the tiny models themselves
-RECIPE=("$SETUP_ROOT"/scripts/{tiny_data.sh,tiny_world.sh,flow.sh,sdxl*.sh} "$LAUNCHERS"/*.sh)
+RECIPE=("$SETUP_ROOT"/scripts/{tiny_data.sh,tiny_world.sh,flow.sh,direct.sh,sdxl*.sh} "$LAUNCHERS"/*.sh)
 
 digest() { # COMMAND...: of a stage's command and recipe, comments left out; the same in every folder, on every interpreter
   local words=("$@")
@@ -50,7 +50,7 @@ scenes() { # the data of the world: prompts to train on, held-out prompts and re
   "$PYTHON" -m shapes.scenes render --split heldout --count 2000 --seed 8 --out "$WORK/reference"
 }
 
-pairs() { tiny_pairs "$WORK/pairs" "$WORK/prompts.txt" "$1"; } # COUNT
+pairs() { tiny_pairs "$WORK/pairs${2:+_$2}" "$WORK/prompts.txt" "$1" "${2:-sdxl}"; } # COUNT [FAMILY]
 
 train() { # LAUNCHER EXP_NAME FLAGS...: a training stage, from its newest checkpoint where there is one
   local launcher="$1" name="$2"
@@ -68,7 +68,7 @@ evaluate() { # NAMES FLAGS...: a row of $TABLE for each of the comma list
     --held-out-model "$CHECKPOINTS/tiny-clip-heldout" --reference "$WORK/reference/metadata.csv" --save-images "$WORK/grids"
 }
 
-evaluate_teacher() {
-  evaluate teacher --teacher --pretrained-model "$CHECKPOINTS/tiny-sdxl" --teacher-num-steps 25 \
-    --teacher-cfg "$TINY_GUIDANCE" --resolution 64
+evaluate_teacher() { # [FAMILY [NAME]]
+  tiny_teacher "${1:-sdxl}"
+  evaluate "${2:-teacher}" --teacher "${TEACHER[@]}" --teacher-num-steps 25 --teacher-cfg "$TEACHER_CFG"
 }

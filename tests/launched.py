@@ -93,12 +93,12 @@ def _signal(rank: int) -> Iterator[None]:
 @contextmanager
 def _no_common_disk(rank: int) -> Iterator[None]:
     """Process 1 does not see the run's checkpoints."""
-    from train_t2i import train
+    from train_t2i import prepare
 
     if rank != 1:
         yield
         return
-    with mock.patch.object(train, "find_checkpoint", return_value=None):
+    with mock.patch.object(prepare, "find_checkpoint", return_value=None):
         yield
 
 

@@ -19,7 +19,7 @@ from train_t2i.engine import AdamSettings, Engine
 from train_t2i.engine.adam import LossScale
 from train_t2i.engine.processes import chosen_backend
 from train_t2i.errors import EXIT_USER, UserError
-from train_t2i.train import learning_rate
+from train_t2i.prepare import learning_rate
 
 # -- learning rates --------------------------------------------------------------------------------------------------
 

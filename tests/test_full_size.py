@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from train_t2i import benchmark
+from train_t2i import benchmark, log
 from train_t2i.engine import Engine
 from train_t2i.full_size import random_vit_h_14
 
@@ -68,6 +68,6 @@ def test_one_step_of_sdxl_with_both_rewards(
         after = bench.networks.parameters(role)
         assert all(torch.isfinite(p).all() for p in after)
         assert any(not torch.equal(a, b) for a, b in zip(after, before[role], strict=True))
-    told = {"seconds_step": seconds, "peak_memory_gib": benchmark.peak_memory_gib(torch.device("cpu"))}
+    told = {"seconds_step": seconds, "peak_memory_gib": log.peak_memory_gib(torch.device("cpu"))}
     with capsys.disabled():
         print(f"\nfull-size SDXL step on CPU: {json.dumps(told | {'split': dict(bench.watch.seconds)})}")

@@ -63,6 +63,7 @@ ANNEXES = {
     "storage": "checkpoint",
     "base_quant": "networks",
     "peers": "engine",
+    "prepare": "train",
     "tables": "data",
     "prompts": "data",
     "hub": "data",

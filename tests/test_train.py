@@ -47,7 +47,8 @@ def test_the_output_tree(trainer, lora):
 
 def test_logs_are_json_lines_with_fixed_keys(trainer, towers):
     run = trainer.run("run", RL.format(**towers) + " --max-train-steps 3")
-    counters, common = ["tick", "step", "samples_seen"], ["grad_norm", "lr", "skipped", "seconds_tick"]
+    counters, measured = ["tick", "step", "samples_seen"], ["seconds_tick", "peak_memory_gib"]
+    common = ["grad_norm", "lr", "skipped", *measured]
     rewards = ["reward_clip", "loss_clip", "reward_hps", "loss_hps"]
     columns = {"gen": ["loss", "loss_dmd", "score_gap", *rewards], "gui": ["loss"]}
     for role, ticks in (("gen", [2, 4, 6]), ("gui", [1, 2, 3, 4, 5, 6])):
@@ -61,6 +62,7 @@ def test_logs_are_json_lines_with_fixed_keys(trainer, towers):
         assert [line["step"] for line in lines] == [tick // 2 for tick in ticks]
         assert all(list(line) == [*counters, *columns[role], *common] for line in lines)
         assert all(line["seconds_tick"] > 0 and line["grad_norm"] > 0 and line["skipped"] == 0 for line in lines)
+        assert all(0.1 < line["peak_memory_gib"] < 24 for line in lines)
 
 
 def test_args_json_holds_every_setting_as_it_was_understood(trainer, sdxl_folder):

@@ -173,10 +173,11 @@ def assert_same_checkpoint(root: Path, other: Path, step: int) -> None:
 
 
 def log_lines(root: Path, role: str = "generator") -> list[dict[str, Any]]:
-    """The lines of a loss log, wall-clock fields left out."""
+    """The lines of a loss log, measured fields left out."""
     file = root / "loss_logs" / {"generator": "loss_gen_log.jsonl", "guidance": "loss_gui_log.jsonl"}[role]
     lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    return [{key: value for key, value in line.items() if not key.startswith("seconds_")} for line in lines]
+    measured = ("seconds_tick", "peak_memory_gib")
+    return [{key: value for key, value in line.items() if key not in measured} for line in lines]
 
 
 def assert_same_logs(root: Path, other: Path) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import resource
 import tempfile
 import time
 from collections import defaultdict
@@ -31,6 +30,7 @@ from train_t2i.engine import DTYPES, AdamSettings, Engine
 from train_t2i.errors import EXIT_DISK, EXIT_DONE, UserError
 from train_t2i.feed import Feed, Prompts
 from train_t2i.full_size import random_sdxl, random_vit_h_14
+from train_t2i.log import peak_memory_gib
 from train_t2i.methods import METHODS, Method
 from train_t2i.methods.base import Clock
 from train_t2i.networks import Networks
@@ -157,12 +157,6 @@ def run_ticks(bench: Bench, ticks: Iterator[Any], num_ticks: int, ratio: int) ->
                 for loss, _ in bench.method.losses(role, rollout, clock):
                     bench.engine.backward(role, loss)
                 bench.engine.step(role)
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def measure(config: BenchmarkConfig, layout: str, checkpointing: bool) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Metrics -> JSON lines, log.txt, a progress bar, wandb and tensorboard; sample grids.
 
 One line an update in ``loss_logs/loss_gen_log.jsonl`` and ``loss_gui_log.jsonl``: always the same keys, null where a
-metric was not computed.  Fields named ``seconds_*`` are wall-clock; everything else is a function of the run's settings.
+metric was not computed.  ``seconds_tick`` and ``peak_memory_gib`` (the main process's so far: of its GPU, or its resident
+memory on the CPU) are measured; everything else is a function of the run's settings.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import math
 import netrc
 import os
+import resource
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -49,6 +51,7 @@ class RunLog:
         first_step: int = 0,
         tick: int = 0,
         first_tick: int = 0,
+        device: torch.device | None = None,
     ) -> None:
         self.root, self.is_main, self.mean, self.trackers = root, is_main, mean, trackers
         self.columns = {role: (*names, "grad_norm", "lr", "skipped") for role, names in columns.items()}
@@ -56,7 +59,7 @@ class RunLog:
         self._latest: dict[str, float] = {}
         self._started = time.perf_counter()
         self._spoke = 0.0
-        self._tick, self._first_tick = tick, first_tick
+        self._tick, self._first_tick, self._device = tick, first_tick, device
         quiet = not is_main or not sys.stderr.isatty()
         self._bar = tqdm(total=total_steps, initial=first_step, unit="step", disable=quiet, dynamic_ncols=True)
         if is_main:
@@ -71,18 +74,19 @@ class RunLog:
         """Average what was collected over micro-batches and processes and write one line a role."""
         self._tick = tick
         now = time.perf_counter()
-        seconds, self._started = now - self._started, now
+        measured = {"seconds_tick": now - self._started, "peak_memory_gib": peak_memory_gib(self._device)}
+        self._started = now
         for role, collected in self._sums.items():
             local = {name: _mean(values) for name, values in collected.items()}
             means = self.mean(local)
             unknown = set(means) - set(self.columns[role])
             assert not unknown, f"undeclared metrics: {unknown}"
             line: dict[str, Any] = dict(zip(COUNTERS, (tick, step, samples_seen), strict=True))
-            line |= {name: _jsonable(means.get(name)) for name in self.columns[role]} | {"seconds_tick": seconds}
+            line |= {name: _jsonable(means.get(name)) for name in self.columns[role]} | measured
             self._write(role, line)
             self._latest |= {f"{role}/{name}": means[name] for name in means}
         self._sums = {}
-        self._show(step, tick, seconds)
+        self._show(step, tick, measured["seconds_tick"])
 
     def _write(self, role: str, line: dict[str, Any]) -> None:
         if not self.is_main:
@@ -121,6 +125,14 @@ class RunLog:
         self._bar.close()
         for tracker in self.trackers:
             tracker.close()
+
+
+def peak_memory_gib(device: torch.device | None) -> float:
+    """The most that this process has held so far: what its tensors took on a GPU, its resident memory on the CPU."""
+    if device is not None and device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    in_a_gib = 2**30 if sys.platform == "darwin" else 2**20  # macOS counts bytes, Linux KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / in_a_gib
 
 
 def _mean(values: Sequence[Tensor | float]) -> float:

@@ -39,6 +39,7 @@ class RunStory:
     last_step: int
     samples_seen: int
     seconds: float  # in ticks, all together
+    peak_memory_gib: float  # of the main process; 0 where an older log does not say
     unreadable: int  # lines of the logs
 
 
@@ -69,6 +70,7 @@ def read_run(path: str) -> RunStory:
         last_step=max(steps),
         samples_seen=max((int(line.get("samples_seen", 0)) for line in counted), default=0),
         seconds=sum({line["tick"]: float(line.get("seconds_tick") or 0) for line in counted}.values()),
+        peak_memory_gib=max((float(line.get("peak_memory_gib") or 0) for line in counted), default=0.0),
         unreadable=unreadable,
     )
 

@@ -110,6 +110,8 @@ def card(index: int, run: RunStory) -> str:
         "samples seen": f"{run.samples_seen:,}",
         "time in ticks": duration(run.seconds),
     }
+    if run.peak_memory_gib:
+        facts["peak memory"] = f"{run.peak_memory_gib:.2f} GiB"
     for key, label in (("gen/reward_clip", "CLIP reward"), ("gen/reward_hps", "HPS reward")):
         if key in run.series:
             values = run.series[key][1]

@@ -1,0 +1,197 @@
+"""From settings to a run that is ready for the loop: cheap checks first, then models, then the checkpoint."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from train_t2i import __version__, build, log
+from train_t2i.checkpoint import RunFolder
+from train_t2i.config import ArcFlowConfig, DMDRConfig, Settings
+from train_t2i.engine import AdamSettings, Engine
+from train_t2i.errors import UserError
+from train_t2i.feed import Feed, dataset_for
+from train_t2i.methods import METHODS
+from train_t2i.networks import Networks, Role
+from train_t2i.pair_data import Pairs
+from train_t2i.prompt_cache import CachedText, PromptCache
+from train_t2i.resume import (
+    check_grid,
+    check_resumable,
+    check_rows,
+    check_sizes,
+    find_checkpoint,
+    kept_batch,
+    owns,
+    restore,
+)
+from train_t2i.run import Run, State, StopRequest
+from train_t2i.sheet import SampleSheet, sheet_prompts
+from train_t2i.watchdog import Watchdog
+
+START: dict[str, Any] = {"step": 0, "manifest": {}}  # what a run without a checkpoint goes on from
+
+
+def learning_rate(settings: Settings, role: Role, step: int, first_step: int = 0) -> float:
+    """A pure function of the step: warm-up from the stage's first step, then constant or a cosine to 0 at its last."""
+    run = settings.run
+    base = run.learning_rate_gen if role == "generator" else settings.method.learning_rate_gui
+    step, total = step - first_step, run.max_train_steps - first_step
+    warm = min(1.0, (step + 1) / run.lr_warmup_steps) if run.lr_warmup_steps else 1.0
+    if run.lr_scheduler == "constant":
+        return base * warm
+    progress = (step - run.lr_warmup_steps) / max(1, total - run.lr_warmup_steps)
+    return base * warm * 0.5 * (1 + math.cos(math.pi * min(max(progress, 0.0), 1.0)))
+
+
+def prepare(settings: Settings, folder: RunFolder, engine: Engine, stop: StopRequest, watch: Watchdog) -> Run:
+    """Cheap checks first, then models, then the checkpoint."""
+    cfg, kind = settings.run, METHODS[settings.run.method]
+    resume_from = find_checkpoint(cfg, folder)
+    record, told = check_resumable(settings, resume_from, folder) if resume_from else (START, [])
+    if not engine.same_everywhere(json.dumps([record["step"], record["manifest"]], sort_keys=True)):
+        raise UserError(
+            f"the processes do not find the same checkpoint in {folder.root}",
+            "put --output-dir on a disk that all machines share",
+        )
+    check_trains(settings, record["step"])
+    build.check_started(settings, engine.backend_name)
+    found = build.check_rewards(settings.method)
+    build.check_initial(cfg)
+    data = dataset_for(kind.data, settings)
+    if resume_from and owns(folder, resume_from):
+        check_rows(record, len(data), resume_from)
+    prompts = sheet_prompts(settings, data)
+    if cfg.prompt_cache:
+        PromptCache(cfg.prompt_cache).need([*prompts, getattr(settings.method, "negative_prompt", "")])
+
+    family = build.build_family(cfg, engine.dtype).to(engine.device)
+    shape = build.latent_shape(family, settings.size_px)
+    if resume_from and not owns(folder, resume_from):
+        check_grid(cfg, family, record, resume_from)
+    if isinstance(data, Pairs):
+        data.check(shape, family.size_multiple, family.path.grid(cfg.sample_num_steps))
+    networks = build.assemble(
+        settings, family, uses=kind.uses, trains=kind.trains, dtype=engine.dtype, place=engine.place,
+        autocast=engine.autocast,
+    )  # fmt: skip
+    towers = engine.dtype, engine.device, cfg.gradient_checkpointing
+    terms = build.build_rewards(settings.method, *towers, cfg.seed)
+    features = build.build_features(settings.method, *towers)
+    method = build.build_method(
+        settings, networks, engine.device, terms, features=features, calls_need_all=engine.calls_need_all
+    )
+    found += [family.compared] if isinstance(family, CachedText) else []
+    found.append(trained_parameters(networks))  # counted before they are shared out
+    for role in kind.trains:
+        networks.prepare(role, engine.prepare, adam_settings(settings, role))
+    workers = settings.method.num_workers if data.reads_images else 0
+    batch = cfg.batch_size, cfg.gradient_accumulation_steps
+    if resume_from and owns(folder, resume_from):
+        batch = kept_batch(cfg, record, engine.world)
+        check_sizes(settings, record, batch[0])
+        told += told_of_batch(record, engine, batch)
+    feed = Feed(data, cfg.seed, *batch, engine.rank, engine.world, workers, cfg.batch_size)
+    quiet_log = log.RunLog(folder.root, method.columns, is_main=False)
+    run = Run(settings, folder, engine, networks, method, feed, quiet_log, SampleSheet.none(), State(), stop, watch)
+    if resume_from:
+        restore(run, resume_from)
+    # what comes after the checkpoint is written again; without one of its own, everything is
+    first_tick = run.state.clock.tick + 1 if resume_from and owns(folder, resume_from) else 0
+    if engine.is_main:
+        log.cut_logs(folder.root, first_tick)
+    run.log = make_log(run, first_tick)
+    run.sheet = SampleSheet.build(settings, method, networks, folder.root, run.log, prompts, engine)
+    announce(run, resume_from, [*found, *told, *advice(settings, resume_from)])
+    return run
+
+
+def check_trains(settings: Settings, first_step: int) -> None:
+    """Refuse a start at which the generator has no loss yet."""
+    method = settings.method
+    if isinstance(method, DMDRConfig) and method.dmd_weight == 0 and first_step < method.cold_start_iter:
+        raise UserError(
+            f"--dmd-weight 0: nothing to train at step {first_step}, rewards begin at {method.cold_start_iter}",
+            f"set --cold-start-iter {first_step}",
+        )
+
+
+def trained_parameters(networks: Networks) -> str:
+    counts = {role: sum(p.numel() for p in networks.parameters(role)) for role in networks.trains}
+    return "trained parameters: " + ", ".join(f"{role} {count / 1e6:.2f} M" for role, count in counts.items())
+
+
+def told_of_batch(record: dict[str, Any], engine: Engine, batch: tuple[int, int]) -> list[str]:
+    if engine.world == record["world_size"]:
+        return []
+    rows, micro = batch
+    return [
+        f"made by {record['world_size']} processes, now {engine.world}: the global batch of {record['global_batch']} "
+        f"is kept as {micro} micro-batches of {rows} rows a process"
+    ]
+
+
+def advice(settings: Settings, resume_from: Path | None) -> list[str]:
+    run = settings.run
+    starts_bare = resume_from is None and not run.xl_ode_pretrain_path and not run.generator_init
+    told = []
+    if run.method == "dmdr" and run.model_family == "sdxl" and run.sample_num_steps == 1 and starts_bare:
+        told.append("warning: a one-step student without --xl-ode-pretrain-path starts far from the teacher")
+    if isinstance(settings.method, DMDRConfig) and run.model_family == "flux" and settings.method.cfg_r > 1:
+        told.append("warning: FLUX.1-dev has its guidance in --guidance-embed; --cfg-r above 1 guides it a second time")
+    return told
+
+
+def adam_settings(settings: Settings, role: Role) -> AdamSettings:
+    run = settings.run
+    decay = run.adam_weight_decay if role == "generator" else 0.0
+    betas = (run.adam_beta1, run.adam_beta2)
+    slow = {r"\.log_momenta\.": settings.method.momentum_rate} if isinstance(settings.method, ArcFlowConfig) else {}
+    return AdamSettings(learning_rate(settings, role, 0), betas, run.adam_epsilon, decay, run.use_8bit_adam, slow)
+
+
+def make_log(run: Run, first_tick: int) -> log.RunLog:
+    cfg, root = run.settings.run, run.folder.root
+    trackers: list[log.Tracker] = []
+    public = public_settings(run.settings)
+    if run.engine.is_main and "tensorboard" in cfg.report_to:
+        trackers.append(log.Tensorboard(root, public, first_tick))
+    if run.engine.is_main and "wandb" in cfg.report_to:
+        trackers.append(log.Wandb(root, public, tracker_id(root)))
+    return log.RunLog(
+        root, run.method.columns, is_main=run.engine.is_main, mean=run.engine.mean, trackers=trackers,
+        total_steps=cfg.max_train_steps, first_step=run.state.clock.step, tick=run.state.clock.tick, first_tick=first_tick,
+        device=run.engine.device,
+    )  # fmt: skip
+
+
+def tracker_id(root: Path) -> str:
+    """The run id at trackers: made once, kept beside them, so that a resumed run goes on in the same place."""
+    file = root / "trackers" / "run_id"
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(os.urandom(4).hex())
+    return file.read_text().strip()
+
+
+def public_settings(settings: Settings) -> dict[str, Any]:
+    return {**settings.as_dict(), "layout": build.resolved_layout(settings.run), "code_version": __version__}
+
+
+def announce(run: Run, resume_from: Path | None, lines: Sequence[str]) -> None:
+    root, networks = run.folder.root, run.networks
+    if run.engine.is_main:
+        text = json.dumps(public_settings(run.settings), indent=1, ensure_ascii=False)
+        (root / "args.json").write_text(text + "\n", encoding="utf-8")
+    shared = f", {run.engine.world} processes, {run.engine.backend_name}" if run.engine.world > 1 else ""
+    run.log.say(f"{run.settings.run.method}, layout {networks.layout}{shared}")
+    grid = networks.family.path.grid(run.settings.run.sample_num_steps)
+    run.log.say(f"student's times: {', '.join(f'{t:.3f}' for t in grid[:-1].tolist())}; {len(run.feed.dataset)} rows")
+    for line in lines:
+        run.log.say(line)
+    if resume_from is not None:
+        run.log.say(f"going on from {resume_from} (step {run.state.clock.step})")
