@@ -61,7 +61,7 @@ dmd_and_dmdr() { # FAMILY CALLS COLD_LAUNCHER REFL_LAUNCHER: rewards come after 
 
 compare() { # FAMILY
   local -a models=()
-  local note
+  local calls cell
   TABLE="$WORK/table-$1.json"
   stage "evaluate-teacher-$1" evaluate_teacher "$1" "$1-teacher"
   case "$1" in
@@ -78,7 +78,7 @@ compare() { # FAMILY
       *) dmd_and_dmdr "$1" "$calls" "cold_start_$1_${calls}step" "dmdr_$1_${calls}step_refl" ;;
     esac
   done
-  for note in "$WORK/cells/$1"-*.json; do models+=("$(basename "$note" .json)"); done
+  for cell in "$WORK/cells/$1"-*.json; do models+=("$(basename "$cell" .json)"); done
   stage "evaluate-$1" evaluate "$(IFS=, && echo "${models[*]}")" "${models[@]/#/$WORK/}"
 }
 
@@ -88,14 +88,13 @@ families=("$@")
 for family in "${families[@]}"; do
   [[ "$family" =~ ^(sdxl|sd3|flux|qwen_image)$ ]] || setup_fail "unknown family $family" "one of sdxl sd3 flux qwen_image"
 done
+stage scenes scenes
 if ((${#families[@]} > 1)); then
-  stage scenes scenes
   cores="$(getconf _NPROCESSORS_ONLN)"
   export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(((cores + 1) / 2))}"
   printf '%s\n' "${families[@]}" | xargs -P 2 -n 1 bash "${BASH_SOURCE[0]}"
 else
-  stage scenes scenes
-  compare "${families[0]}" 2>&1 | awk -v family="${families[0]}" '{ print family ": " $0; fflush() }'
+  compare "${families[0]}" 2>&1 | while IFS= read -r line; do printf '%s: %s\n' "${families[0]}" "$line"; done
 fi
 "$PYTHON" "$SETUP_ROOT/scripts/cells.py" table "$WORK"
 printf 'table: %s\n' "$WORK/table.md"

@@ -123,5 +123,34 @@ def test_the_families_are_driven_by_the_bash_of_macos(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     stages = re.findall(r"^== (\S+): \d+ s$", done.stdout, re.MULTILINE)
     assert stages == ["scenes", "evaluate-teacher-sd3", "cold_start_sd3", "dmdr_sd3_refl", "evaluate-sd3", "report"]
-    teacher = f"evaluate --teacher --pretrained-model {ROOT}/checkpoints/tiny-sd3 --teacher-cfg 2 --text-length 32 "
-    assert teacher in done.stdout
+    teacher = f"--pretrained-model {ROOT}/checkpoints/tiny-sd3 --resolution 64 --text-length 32"
+    assert f"evaluate --teacher {teacher} --teacher-num-steps 25 --teacher-cfg 2 " in done.stdout
+
+
+def test_every_method_has_a_cell_of_its_own(tmp_path: Path) -> None:
+    """Every stage of one family, by a python that says what it is told and finds that twelve steps fit anywhere."""
+    stub, old = tmp_path / "bin" / "python", tmp_path / "old.sh"
+    stub.parent.mkdir()
+    stub.write_text(
+        '#!/usr/bin/env bash\n[[ $1 != - ]] || exit 0\n[[ $2 != steps ]] || { echo 12; exit; }\necho "$*"\n'
+        '[[ "${!#}" != *.part ]] || touch "${!#}"\n'
+    )
+    stub.chmod(0o755)
+    old.write_text("enable -n mapfile readarray\n")
+    done = subprocess.run(
+        ["bash", ROOT / "scripts" / "methods.sh", "flux"], capture_output=True, text=True, check=False,
+        env=os.environ | {"WORK": str(tmp_path), "VIRTUAL_ENV": str(tmp_path), "BASH_ENV": str(old)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    stages = re.findall(r"^flux: == (\S+): \d+ s$", done.stdout, re.MULTILINE)
+    probed = [f"{probe}{cell}" for cell in ("direct-4", "arcflow-2") for probe in ("probe-flux-", "flux-")]
+    for calls in "42":
+        probed += [f"probe-flux-dmd-{calls}", f"flux-dmd-{calls}", f"flux-dmdr-{calls}-cold"]
+        probed += [f"probe-flux-dmdr-{calls}", f"flux-dmdr-{calls}"]
+    assert stages == ["evaluate-teacher-flux", "pairs-flux", *probed, "evaluate-flux"]
+    rewards = next(line for line in done.stdout.splitlines() if "--exp-name=flux-dmdr-2 " in line)
+    cold = tmp_path / "flux-dmdr-2-cold" / "checkpoints" / "torch_units" / "step-4.pt"
+    assert f"--resume-ckpt={cold} " in rewards
+    assert rewards.endswith("--sample-num-steps 2 --max-train-steps 16 --cold-start-iter 4")
+    evaluated = next(line for line in done.stdout.splitlines() if "--name flux-arcflow-2,flux-direct-4," in line)
+    assert f"evaluate {tmp_path}/flux-arcflow-2 {tmp_path}/flux-direct-4 {tmp_path}/flux-dmd-2 " in evaluated

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import runpy
 import shlex
@@ -91,6 +92,47 @@ def test_a_mean_table_has_one_row_a_model() -> None:
         k: v for k, v in several[1].items() if k != "seed"
     }
     assert (second["seeds"], second["standard_deviation"]) == (1, None)
+
+
+def write_logs(run: Path, ticks: list[tuple[int, int, float, float]], ratio: int = 2) -> Path:
+    """A run of (tick, step after it, seconds, GiB); every tick trains the guidance network, every second one the generator."""
+    (run / "loss_logs").mkdir(parents=True)
+    (run / "args.json").write_text("{}")
+    lines = [
+        {"tick": tick, "step": step, "samples_seen": 32 * tick, "seconds_tick": seconds, "peak_memory_gib": gib}
+        for tick, step, seconds, gib in ticks
+    ]
+    for name, kept in (("gui", lines), ("gen", [line for line in lines if line["tick"] % ratio == 0])):
+        (run / "loss_logs" / f"loss_{name}_log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
+    return run
+
+
+def test_the_steps_that_fit_into_a_cell_follow_a_probe(tmp_path: Path) -> None:
+    """Two slow steps to warm up, then four of 0.5 + 1.5 s."""
+    steps_that_fit = runpy.run_path(str(ROOT / "scripts" / "cells.py"))["steps_that_fit"]
+    slow = [(tick, 7 + tick // 2, 9.0, 1.0) for tick in range(15, 19)]
+    steady = [(tick, 7 + tick // 2, 1.5 if tick % 2 == 0 else 0.5, 1.0) for tick in range(19, 27)]
+    probe = write_logs(tmp_path / "probe", slow + steady)
+    assert steps_that_fit(probe, 100.0) == 50
+    assert steps_that_fit(probe, 99.9) == 49
+
+
+def test_a_cell_costs_what_all_its_stages_cost(tmp_path: Path) -> None:
+    main = runpy.run_path(str(ROOT / "scripts" / "cells.py"))["main"]
+    write_logs(tmp_path / "cold", [(1, 0, 2.0, 1.5), (2, 1, 3.0, 1.75)])
+    write_logs(tmp_path / "dmdr", [(3, 1, 4.0, 1.25), (4, 2, 5.0, 1.25)])
+    (tmp_path / "cells").mkdir()
+    (tmp_path / "cells" / "sd3-dmdr-4.json").write_text('{"runs": ["cold", "dmdr"], "seconds_before": 10}')
+    teacher = {"model": "sd3-teacher", "network_calls": 50, "adherence": 0.93, "clip": None}
+    (tmp_path / "table-sd3.json").write_text(json.dumps([teacher, {"model": "sd3-dmdr-4", "adherence": 0.92}]))
+    main("table", str(tmp_path))
+    first, second = json.loads((tmp_path / "table.json").read_text())
+    assert first == teacher
+    assert second["training_seconds"] == 10 + 2 + 3 + 4 + 5
+    assert (second["prompts_seen"], second["peak_memory_gib"]) == (4 * 32, 1.75)
+    lines = (tmp_path / "table.md").read_text().splitlines()
+    assert lines[2] == "| sd3-teacher | 50 | 0.930 | - | - | - | - | - | - | - | - |"
+    assert lines[3] == "| sd3-dmdr-4 | - | 0.920 | - | - | - | - | - | 24 | 128 | 1.75 |"
 
 
 def test_published_one_step_recipe(tmp_path: Path) -> None:
