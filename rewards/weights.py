@@ -23,6 +23,11 @@ CONVERT = "convert it to safetensors on a machine you trust"
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")  # in the order of preference
 Shapes = dict[str, tuple[int, ...]]
 T = TypeVar("T")
+STARTS_AT_ZERO = (
+    "lora_B",
+    "lora_up",
+    "lora.up",
+)  # second factors of a LoRA, in peft's, kohya's and diffusers' older names
 
 
 def read_shapes(path: Path) -> Shapes:
@@ -44,7 +49,8 @@ def read_state(path: Path) -> dict[str, Tensor]:
     """Name -> CPU tensor, in the file's own dtype, freed from ``{"state_dict": ...}`` and ``module.`` prefixes.
 
     Raises RewardError: also for a tensor with NaN or infinity in it and for a matrix of nothing but zeros, which is
-    what an interrupted download leaves behind.
+    what an interrupted download leaves behind.  The second factor of a LoRA may be zero: it begins there, and a layer
+    whose output nobody reads stays there.
     """
     if file_kind(path) == "safetensors":
         try:
@@ -158,5 +164,5 @@ def _check_values(path: Path, name: str, tensor: Tensor) -> None:
     low, high = (float(value) for value in torch.aminmax(tensor))  # NaN passes through
     if not (abs(low) < float("inf") and abs(high) < float("inf")):
         raise RewardError(path, f"has NaN or infinity in {name!r}", DOWNLOAD_AGAIN)
-    if tensor.ndim > 1 and low == high == 0.0:
+    if tensor.ndim > 1 and low == high == 0.0 and not any(mark in name for mark in STARTS_AT_ZERO):
         raise RewardError(path, f"has nothing but zeros in {name!r}", DOWNLOAD_AGAIN)
