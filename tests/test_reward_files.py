@@ -185,6 +185,17 @@ def test_damaged_weights_give_one_line(kind, good_folder, tmp_path):
     assert not (tmp_path / "canary").exists()
 
 
+@pytest.mark.parametrize("second", ["lora_B.weight", "lora_up.weight", "lora.up.weight"])
+def test_a_layer_of_a_lora_that_was_never_trained_is_no_damage(second, tmp_path):
+    """Its second factor begins at zero; the first does not."""
+    first, up = second.replace("B", "A").replace("up", "down"), {f"attn.{second}": torch.zeros(4, 2)}
+    save_file(up | {f"attn.{first}": torch.ones(2, 3)}, tmp_path / "lora.safetensors")
+    assert set(read_state(tmp_path / "lora.safetensors")) == {f"attn.{second}", f"attn.{first}"}
+    save_file(up | {f"attn.{first}": torch.zeros(2, 3)}, tmp_path / "lora.safetensors")
+    with pytest.raises(RewardError, match=f"nothing but zeros in 'attn.{first}'"):
+        read_state(tmp_path / "lora.safetensors")
+
+
 def test_the_canary_does_sing(tmp_path):
     """Without weights_only the same file does run its code, so that its silence above means something."""
     torch.save({"visual.proj": Payload(tmp_path / "canary")}, tmp_path / "weights.pt")
