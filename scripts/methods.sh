@@ -8,7 +8,7 @@
 #   SECONDS_A_CELL=600 bash scripts/methods.sh
 set -euo pipefail
 export WORK="${WORK:-$(pwd -P)/runs/methods}"
-export SECONDS_A_CELL="${SECONDS_A_CELL:-240}"
+export SECONDS_A_CELL="${SECONDS_A_CELL:-180}"
 NUM_PAIRS=512
 PROBE_STEPS=8
 # shellcheck source=scripts/tiny_world.sh
