@@ -8,8 +8,8 @@
 #   SECONDS_A_CELL=600 bash scripts/methods.sh
 set -euo pipefail
 export WORK="${WORK:-$(pwd -P)/runs/methods}"
-export SECONDS_A_CELL="${SECONDS_A_CELL:-180}"
-NUM_PAIRS=512
+export SECONDS_A_CELL="${SECONDS_A_CELL:-150}"
+NUM_PAIRS=384
 PROBE_STEPS=8
 # shellcheck source=scripts/tiny_world.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/tiny_world.sh"
