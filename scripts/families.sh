@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# DMDR on the tiny SD3, FLUX.1 and Qwen-Image: cold start, DMD with two reward models, evaluation beside the teacher.  Stopped,
-# it goes on where it was.
+# DMDR on the tiny SD3, FLUX.1 and Qwen-Image: cold start, DMD with two reward models, evaluation beside the teacher; for
+# Qwen-Image from a student of Direct Distillation.  Stopped, it goes on where it was.
 #
 #   bash scripts/families.sh                       runs/families; WORK=DIR for another folder
 #   FAMILIES="flux" bash scripts/families.sh       one of sd3 flux qwen_image, or several
@@ -15,6 +15,27 @@ distil() { # LAUNCHER'S NAME: a cold start, DMD with rewards from where it ends,
   stage "$cold" train "$cold" "$cold"
   stage "$dmdr" train "$dmdr" "$dmdr"
   stage "evaluate-$1" evaluate "cold-$1,dmdr-$1" "$WORK/$cold" "$WORK/$dmdr"
+  runs+=("$WORK/$cold" "$WORK/$dmdr")
+}
+
+distil_qwen_image() { # CALLS, STEPS OF DIRECT DISTILLATION: its student, at the same times, is where the cold start begins
+  local name="qwen_image_${1}step"
+  local direct="direct_$name" cold="cold_start_$name" dmdr="dmdr_${name}_refl"
+  # layout is right by then: mostly low noise, and a small rate (docs/recipe.md)
+  local -a flags=(
+    --generator-init "$WORK/$direct/checkpoints/lora_gen/step-$2" --learning-rate-gen 1e-4
+    --dynamic-step 0 --s-type-gui beta --gui-a 2 --gui-b 4
+  )
+  stage pairs-qwen_image pairs 768 qwen_image
+  DATA_PATH_TRAIN="$WORK/pairs_qwen_image" stage "$direct" train direct_distill_qwen_image_lora "$direct" \
+    --sample-num-steps "$1" --shift 3.2 --max-train-steps "$2"
+  export LORA_SCALE_R=- # nothing is borrowed where --dynamic-step is 0
+  stage "$cold" train "$cold" "$cold" "${flags[@]}" --max-train-steps 50 --cold-start-iter 50
+  RESUME_CKPT="$WORK/$cold/checkpoints/torch_units/step-50.pt" stage "$dmdr" train "$dmdr" "$dmdr" "${flags[@]}" \
+    --max-train-steps 300 --cold-start-iter 50 --reward-clip-weight 2
+  unset LORA_SCALE_R
+  stage "evaluate-$name" evaluate "direct-$name,cold-$name,dmdr-$name" "$WORK/$direct" "$WORK/$cold" "$WORK/$dmdr"
+  runs+=("$WORK/$direct" "$WORK/$cold" "$WORK/$dmdr")
 }
 
 stage scenes scenes
@@ -22,11 +43,17 @@ runs=()
 for family in $FAMILIES; do
   [[ "$family" =~ ^(sd3|flux|qwen_image)$ ]] || setup_fail "FAMILIES: unknown family $family" "one of sd3 flux qwen_image"
   stage "evaluate-teacher-$family" evaluate_teacher "$family" "teacher-$family"
-  if [[ "$family" == sd3 ]]; then names=(sd3); else names=("${family}_4step" "${family}_2step"); fi
-  for name in "${names[@]}"; do
-    distil "$name"
-    runs+=("$WORK/cold_start_$name" "$WORK/dmdr_${name}_refl")
-  done
+  case "$family" in
+    sd3) distil sd3 ;;
+    flux)
+      distil flux_4step
+      distil flux_2step
+      ;;
+    qwen_image)
+      distil_qwen_image 4 150
+      distil_qwen_image 2 200
+      ;;
+  esac
 done
 stage report "$PYTHON" -m train_t2i report "${runs[@]}" --table "$TABLE" --out "$WORK/report"
 printf 'table:  %s\nreport: %s\n' "$TABLE" "$WORK/report"

@@ -52,8 +52,9 @@ dmd_and_dmdr() { # FAMILY CALLS COLD_LAUNCHER REFL_LAUNCHER: rewards come after 
   stage "$dmdr-cold" train "$3" "$dmdr-cold" "${calls[@]}" --max-train-steps "$cold" --cold-start-iter "$cold"
   RESUME_CKPT="$(records "$dmdr-cold" "$cold")"
   export RESUME_CKPT
-  probe "$dmdr" $((SECONDS_A_CELL * 2 / 3)) "$4" "${calls[@]}" --max-train-steps $((cold + PROBE_STEPS)) --cold-start-iter "$cold"
-  stage "$dmdr" train "$4" "$dmdr" "${calls[@]}" --max-train-steps $((cold + STEPS)) --cold-start-iter "$cold"
+  calls+=(--cold-start-iter "$cold" --reward-clip-weight 1)
+  probe "$dmdr" $((SECONDS_A_CELL * 2 / 3)) "$4" "${calls[@]}" --max-train-steps $((cold + PROBE_STEPS))
+  stage "$dmdr" train "$4" "$dmdr" "${calls[@]}" --max-train-steps $((cold + STEPS))
   unset RESUME_CKPT
   note "$dmd" 0 "$dmd"
   note "$dmdr" 0 "$dmdr-cold $dmdr"

@@ -189,6 +189,22 @@ def test_a_stage_trains_on_the_times_of_the_run_that_it_starts_from(
     train("first", "2 --shift 0 --resolution 32 --auto-resume")
 
 
+@pytest.mark.parametrize("kind", ["export", "record"])
+def test_a_start_from_a_student_of_other_times_is_told(
+    kind: str, folders: dict[str, Path], prompts_file: Path, tmp_path: Path
+) -> None:
+    """Legal, and seldom meant: two launchers with two shifts."""
+    lora = "--use-lora-gen " if kind == "export" else ""
+    plain = f"{lora}--sample-num-steps 2 --text-length 24 --batch-size 1 --sample-steps 0 --max-train-steps 1"
+    given = {"model": folders["sd3"], "prompts": prompts_file}
+    first = tiny_runs.train(tmp_path, "first", f"{plain} --shift 3", **given)
+    source = first / "checkpoints" / "lora_gen" / "step-1" if kind == "export" else tiny_runs.record(first, 1)
+    for shift, told in ((3, 0), (5, 1)):
+        run = tiny_runs.train(tmp_path, f"{shift}", f"{plain} --shift {shift} --generator-init {source}", **given)
+        said = f"warning: {source} was trained on the times 1.0000, 0.7500, this run's are 1.0000, 0.8333"
+        assert (run / "log.txt").read_text().count(said) == told
+
+
 def test_help_names_the_families(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["train", "--help"])

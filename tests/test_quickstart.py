@@ -151,6 +151,6 @@ def test_every_method_has_a_cell_of_its_own(tmp_path: Path) -> None:
     rewards = next(line for line in done.stdout.splitlines() if "--exp-name=flux-dmdr-2 " in line)
     cold = tmp_path / "flux-dmdr-2-cold" / "checkpoints" / "torch_units" / "step-4.pt"
     assert f"--resume-ckpt={cold} " in rewards
-    assert rewards.endswith("--sample-num-steps 2 --max-train-steps 16 --cold-start-iter 4")
+    assert rewards.endswith("--sample-num-steps 2 --cold-start-iter 4 --reward-clip-weight 1 --max-train-steps 16")
     evaluated = next(line for line in done.stdout.splitlines() if "--name flux-arcflow-2,flux-direct-4," in line)
     assert f"evaluate {tmp_path}/flux-arcflow-2 {tmp_path}/flux-direct-4 {tmp_path}/flux-dmd-2 " in evaluated

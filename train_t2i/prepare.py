@@ -28,6 +28,7 @@ from train_t2i.resume import (
     kept_batch,
     owns,
     restore,
+    told_of_start,
 )
 from train_t2i.run import Run, State, StopRequest
 from train_t2i.sheet import SampleSheet, sheet_prompts
@@ -75,6 +76,7 @@ def prepare(settings: Settings, folder: RunFolder, engine: Engine, stop: StopReq
         check_grid(cfg, family, record, resume_from)
     if isinstance(data, Pairs):
         data.check(shape, family.size_multiple, family.path.grid(cfg.sample_num_steps))
+    found += told_of_start(cfg, family)
     networks = build.assemble(
         settings, family, uses=kind.uses, trains=kind.trains, dtype=engine.dtype, place=engine.place,
         autocast=engine.autocast,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from train_t2i import __version__, build
-from train_t2i.checkpoint import Part, RunFolder, run_of
+from train_t2i.checkpoint import RECORDS, Part, RunFolder, run_of
 from train_t2i.config import Config, DirectConfig, Settings, fields_of, resolved_layout
 from train_t2i.engine import RoleState
 from train_t2i.errors import UserError
@@ -203,14 +203,35 @@ def _stage_fields(run: Config, then: dict[str, Any]) -> tuple[str, ...]:
 
 def check_grid(cfg: Config, family: Family, record: dict[str, Any], path: Path) -> None:
     """Raises UserError where a stage's student would be asked for other times than those that it was trained on."""
+    if differ := _other_times(cfg, family, record):
+        raise UserError(
+            f"--resume-ckpt {path}: its student was trained on the times {differ[0]}, this stage's are {differ[1]}",
+            f"set --shift {record.get('shift', 'as it was')}, or --resolution and --sample-num-steps as they were",
+        )
+
+
+def told_of_start(cfg: Config, family: Family) -> list[str]:
+    """A warning where the generator starts from a run's student (its export or its step-N.pt) of other times."""
+    given = cfg.generator_init or cfg.xl_ode_pretrain_path
+    if given is None:
+        return []
+    source = Path(given).absolute()
+    record_of = source if source.suffix == ".pt" else source.parent.parent / RECORDS / f"{source.name}.pt"
+    if record_of.parent.name != RECORDS or not record_of.is_file():
+        return []
+    _, record = run_of(record_of).load(record_of, [])
+    differ = _other_times(cfg, family, record)
+    said = "warning: {} was trained on the times {}, this run's are {}: set --shift and --sample-num-steps as they were there"
+    return [said.format(given, *differ)] if differ else []
+
+
+def _other_times(cfg: Config, family: Family, record: dict[str, Any]) -> tuple[str, str] | None:
+    """(the times of the record's student, those of this run's) where they differ."""
     then, now = torch.tensor(record["grid"]), family.path.grid(cfg.sample_num_steps)
     if then.shape == now.shape and torch.allclose(then, now, rtol=0, atol=GRID_TOLERANCE):
-        return
+        return None
     past, present = (", ".join(f"{t:.4f}" for t in grid[:-1].tolist()) for grid in (then, now))
-    raise UserError(
-        f"--resume-ckpt {path}: its student was trained on the times {past}, this stage's are {present}",
-        f"set --shift {record.get('shift', 'as it was')}, or --resolution and --sample-num-steps as they were",
-    )
+    return past, present
 
 
 def _has_part(record: dict[str, Any], role: Role) -> bool:

@@ -12,8 +12,8 @@ setting exp-name            dmdr_sd3_refl
 setting batch-size          4           32
 setting learning-rate-gen   5e-7        2e-4
 setting learning-rate-gui   2e-7        1e-3
-setting reward-clip-weight  0.3         1
+setting reward-clip-weight  0.3         2
 setting reward-hps-weight   0.3         1
-setting max-train-steps     4001        300
+setting max-train-steps     4001        600
 setting checkpoint-steps    500         50
 launch "$@"
