@@ -13,7 +13,7 @@ direct() { # NAME OF THE PAIRS: the student's whole sampler against the teacher'
   setting batch-size              1          32
   setting lr-scheduler            constant   cosine
   setting lr-warmup-steps         0          20
-  setting max-train-steps         2000       300
+  setting max-train-steps         2000       150
   setting sample-steps            100
   setting checkpoint-steps        500        100
 }
