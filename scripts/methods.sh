@@ -83,7 +83,7 @@ compare() { # FAMILY
   stage "evaluate-$1" evaluate "$(IFS=, && echo "${models[*]}")" "${models[@]/#/$WORK/}"
 }
 
-mkdir -p -- "$WORK/cells"
+[[ "$SECONDS_A_CELL" =~ ^[1-9][0-9]*$ ]] || setup_fail "SECONDS_A_CELL=$SECONDS_A_CELL: not a count" "set it to whole seconds, 60 or more"
 families=("$@")
 ((${#families[@]})) || families=(qwen_image flux sd3 sdxl) # the longest first
 for family in "${families[@]}"; do
@@ -95,6 +95,7 @@ if ((${#families[@]} > 1)); then
   export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(((cores + 1) / 2))}"
   printf '%s\n' "${families[@]}" | xargs -P 2 -n 1 bash "${BASH_SOURCE[0]}"
 else
+  mkdir -p -- "$WORK/cells"
   compare "${families[0]}" 2>&1 | while IFS= read -r line; do printf '%s: %s\n' "${families[0]}" "$line"; done
 fi
 "$PYTHON" "$SETUP_ROOT/scripts/cells.py" table "$WORK"

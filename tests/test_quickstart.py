@@ -154,3 +154,20 @@ def test_every_method_has_a_cell_of_its_own(tmp_path: Path) -> None:
     assert rewards.endswith("--sample-num-steps 2 --cold-start-iter 4 --reward-clip-weight 1 --max-train-steps 16")
     evaluated = next(line for line in done.stdout.splitlines() if "--name flux-arcflow-2,flux-direct-4," in line)
     assert f"evaluate {tmp_path}/flux-arcflow-2 {tmp_path}/flux-direct-4 {tmp_path}/flux-dmd-2 " in evaluated
+
+
+@pytest.mark.parametrize(
+    ("family", "seconds", "told"),
+    [("sdx", "150", "error: unknown family sdx"), ("flux", "soon", "error: SECONDS_A_CELL=soon: not a count")],
+)
+def test_a_wrong_word_to_the_comparison_is_told_before_anything_is_made(
+    family: str, seconds: str, told: str, tmp_path: Path
+) -> None:
+    work = tmp_path / "work"
+    done = subprocess.run(
+        ["bash", ROOT / "scripts" / "methods.sh", family], capture_output=True, text=True, check=False,
+        env=os.environ | {"WORK": str(work), "SECONDS_A_CELL": seconds},
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert told in done.stderr.splitlines()
+    assert [path.name for path in work.iterdir()] == []
