@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# DMDR on the tiny SD3, FLUX.1 and Qwen-Image: cold start, DMD with two reward models, evaluation beside the teacher; for
-# Qwen-Image from a student of Direct Distillation.  Stopped, it goes on where it was.
+# DMDR on the tiny SD3, FLUX.1 and Qwen-Image: cold start, DMD with two reward models, evaluation beside the teacher; the
+# four-step Qwen-Image from a student of Direct Distillation.  Stopped, it goes on where it was.
 #
 #   bash scripts/families.sh                       runs/families; WORK=DIR for another folder
 #   FAMILIES="flux" bash scripts/families.sh       one of sd3 flux qwen_image, or several
@@ -18,23 +18,22 @@ distil() { # LAUNCHER'S NAME: a cold start, DMD with rewards from where it ends,
   runs+=("$WORK/$cold" "$WORK/$dmdr")
 }
 
-distil_qwen_image() { # CALLS, STEPS OF DIRECT DISTILLATION: its student, at the same times, is where the cold start begins
-  local name="qwen_image_${1}step"
-  local direct="direct_$name" cold="cold_start_$name" dmdr="dmdr_${name}_refl"
+distil_after_direct() { # the four-step Qwen-Image: a student of Direct Distillation is where the cold start begins
+  local direct=direct_qwen_image_4step cold=cold_start_qwen_image_4step dmdr=dmdr_qwen_image_4step_refl
   # layout is right by then: mostly low noise, and a small rate (docs/recipe.md)
   local -a flags=(
-    --generator-init "$WORK/$direct/checkpoints/lora_gen/step-$2" --learning-rate-gen 1e-4
+    --generator-init "$WORK/$direct/checkpoints/lora_gen/step-150" --learning-rate-gen 1e-4
     --dynamic-step 0 --s-type-gui beta --gui-a 2 --gui-b 4
   )
   stage pairs-qwen_image pairs 768 qwen_image
-  DATA_PATH_TRAIN="$WORK/pairs_qwen_image" stage "$direct" train direct_distill_qwen_image_lora "$direct" \
-    --sample-num-steps "$1" --shift 3.2 --max-train-steps "$2"
+  DATA_PATH_TRAIN="$WORK/pairs_qwen_image" stage "$direct" train direct_distill_qwen_image_lora "$direct" --max-train-steps 150
   export LORA_SCALE_R=- # nothing is borrowed where --dynamic-step is 0
   stage "$cold" train "$cold" "$cold" "${flags[@]}" --max-train-steps 50 --cold-start-iter 50
   RESUME_CKPT="$WORK/$cold/checkpoints/torch_units/step-50.pt" stage "$dmdr" train "$dmdr" "$dmdr" "${flags[@]}" \
     --max-train-steps 300 --cold-start-iter 50 --reward-clip-weight 2
   unset LORA_SCALE_R
-  stage "evaluate-$name" evaluate "direct-$name,cold-$name,dmdr-$name" "$WORK/$direct" "$WORK/$cold" "$WORK/$dmdr"
+  stage evaluate-qwen_image_4step evaluate direct-qwen_image_4step,cold-qwen_image_4step,dmdr-qwen_image_4step \
+    "$WORK/$direct" "$WORK/$cold" "$WORK/$dmdr"
   runs+=("$WORK/$direct" "$WORK/$cold" "$WORK/$dmdr")
 }
 
@@ -50,8 +49,8 @@ for family in $FAMILIES; do
       distil flux_2step
       ;;
     qwen_image)
-      distil_qwen_image 4 150
-      distil_qwen_image 2 200
+      distil_after_direct
+      distil qwen_image_2step
       ;;
   esac
 done
