@@ -29,7 +29,7 @@ distil_after_direct() { # the four-step Qwen-Image: a student of Direct Distilla
   DATA_PATH_TRAIN="$WORK/pairs_qwen_image" stage "$direct" train direct_distill_qwen_image_lora "$direct" --max-train-steps 150
   export LORA_SCALE_R=- # nothing is borrowed where --dynamic-step is 0
   stage "$cold" train "$cold" "$cold" "${flags[@]}" --max-train-steps 50 --cold-start-iter 50
-  RESUME_CKPT="$WORK/$cold/checkpoints/torch_units/step-50.pt" stage "$dmdr" train "$dmdr" "$dmdr" "${flags[@]}" \
+  RESUME_CKPT="$(records "$cold" 50)" stage "$dmdr" train "$dmdr" "$dmdr" "${flags[@]}" \
     --max-train-steps 300 --cold-start-iter 50 --reward-clip-weight 2
   unset LORA_SCALE_R
   stage evaluate-qwen_image_4step evaluate direct-qwen_image_4step,cold-qwen_image_4step,dmdr-qwen_image_4step \

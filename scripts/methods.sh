@@ -14,7 +14,6 @@ PROBE_STEPS=8
 # shellcheck source=scripts/tiny_world.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/tiny_world.sh"
 
-records() { printf '%s/%s/checkpoints/torch_units/step-%d.pt' "$WORK" "$1" "$2"; } # RUN STEP
 note() { # MODEL SECONDS_BEFORE RUNS: whose time is a model's, beside that of its runs
   printf '{"runs": ["%s"], "seconds_before": %d}\n' "${3// /\", \"}" "$2" >"$WORK/cells/$1.json"
 }

@@ -12,7 +12,6 @@ source "$(dirname -- "${BASH_SOURCE[0]}")/tiny_world.sh"
 SEEDS=(30 31 32)
 ODE=350 COLD=100 DMDR=300 # steps at which the stages end
 
-records() { printf '%s/%s/checkpoints/torch_units/step-%d.pt' "$WORK" "$1" "$2"; } # RUN STEP
 stage2() { # FROM STEP EXP_NAME FLAGS...: a second stage of one step
   local from
   from="$(records "$1" "$2")"

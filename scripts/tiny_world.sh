@@ -52,6 +52,8 @@ scenes() { # the data of the world: prompts to train on, held-out prompts and re
 
 pairs() { tiny_pairs "$WORK/pairs${2:+_$2}" "$WORK/prompts.txt" "$1" "${2:-sdxl}"; } # COUNT [FAMILY]
 
+records() { printf '%s/%s/checkpoints/torch_units/step-%d.pt' "$WORK" "$1" "$2"; } # RUN STEP
+
 train() { # LAUNCHER EXP_NAME FLAGS...: a training stage, from its newest checkpoint where there is one
   local launcher="$1" name="$2"
   shift 2

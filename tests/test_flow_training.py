@@ -203,6 +203,16 @@ def test_a_start_from_a_student_of_other_times_is_told(
         run = tiny_runs.train(tmp_path, f"{shift}", f"{plain} --shift {shift} --generator-init {source}", **given)
         said = f"warning: {source} was trained on the times 1.0000, 0.7500, this run's are 1.0000, 0.8333"
         assert (run / "log.txt").read_text().count(said) == told
+    if (
+        kind == "export"
+    ):  # its weights are all that is needed: supervised training has no times, a broken record tells none
+        record = torch.load(tiny_runs.record(first, 1), weights_only=True)
+        record["settings"]["method"] = "sft"
+        torch.save(record, tiny_runs.record(first, 1))
+        for name in ("supervised", "broken"):
+            run = tiny_runs.train(tmp_path, name, f"{plain} --shift 5 --generator-init {source}", **given)
+            assert "was trained on the times" not in (run / "log.txt").read_text()
+            tiny_runs.record(first, 1).write_bytes(b"torn")
 
 
 def test_help_names_the_families(capsys: pytest.CaptureFixture[str]) -> None:

@@ -211,7 +211,10 @@ def check_grid(cfg: Config, family: Family, record: dict[str, Any], path: Path) 
 
 
 def told_of_start(cfg: Config, family: Family) -> list[str]:
-    """A warning where the generator starts from a run's student (its export or its step-N.pt) of other times."""
+    """A warning where the generator starts from a run's student (its export or its step-N.pt) of other times.
+
+    None for weights of supervised training, which have no times of their own, nor where the record cannot be read.
+    """
     given = cfg.generator_init or cfg.xl_ode_pretrain_path
     if given is None:
         return []
@@ -219,8 +222,11 @@ def told_of_start(cfg: Config, family: Family) -> list[str]:
     record_of = source if source.suffix == ".pt" else source.parent.parent / RECORDS / f"{source.name}.pt"
     if record_of.parent.name != RECORDS or not record_of.is_file():
         return []
-    _, record = run_of(record_of).load(record_of, [])
-    differ = _other_times(cfg, family, record)
+    try:
+        _, record = run_of(record_of).load(record_of, [])
+    except UserError:  # of an export, whose weights are all that is needed
+        return []
+    differ = _other_times(cfg, family, record) if record["settings"]["method"] != "sft" else None
     said = "warning: {} was trained on the times {}, this run's are {}: set --shift and --sample-num-steps as they were there"
     return [said.format(given, *differ)] if differ else []
 
