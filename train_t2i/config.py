@@ -18,7 +18,8 @@ from train_t2i.method_configs import METHOD_CONFIGS, ArcFlowConfig, DirectConfig
 
 __all__ = ["METHOD_CONFIGS", "ArcFlowConfig", "Config", "DMDRConfig", "DirectConfig", "SFTConfig", "Settings", "flag"]
 
-FAMILY_NAMES = ("sdxl", "sd3", "flux", "qwen_image")
+FAMILY_NAMES = ("sdxl", "sd3", "flux", "qwen_image", "qwen_image_edit", "qwen_image_edit_plus")
+EDIT_FAMILIES = {"qwen_image_edit": 1, "qwen_image_edit_plus": 3}  # -> the most sources of a row
 METHOD_NAMES = tuple(METHOD_CONFIGS)
 BASE_QUANTS = ("fp8", "int8", "nf4")
 # layout -> role -> (module, its adapter)
@@ -58,6 +59,10 @@ class Config:
         1.0, "time shift of the student's grid (more than one step); 0: the model's own at this size", low=0
     )
     text_length: int = flag(0, "tokens of the longest text (T5, Qwen2.5-VL); 0: the pipeline's own", low=0)
+    source_size: int = flag(
+        1024, "edit models: side in pixels of the square that has a source's area, as the VAE encodes it", low=32
+    )
+    source_seen_size: int = flag(384, "the same, as the text encoder of qwen_image_edit_plus sees it", low=32)
     guidance_embed: float = flag(3.5, "what a guidance-distilled network (FLUX.1-dev) is told, in every role", low=0)
     lora_targets: str = flag(
         "", "layers that get a LoRA: comma list of regular expressions for the end of their names; empty: the family's"

@@ -17,6 +17,14 @@ from train_t2i.schedule import Path, per_row
 
 
 @dataclass(frozen=True)
+class Source:
+    """An image that a row's edit starts from, at the sizes of its two readers."""
+
+    pixels: Tensor  # (3, h, w) uint8: what the VAE encodes
+    seen: Tensor  # (3, h', w') uint8: what the text encoder sees
+
+
+@dataclass(frozen=True)
 class Cond:
     """Everything a network is told besides x_t and t."""
 
@@ -25,8 +33,8 @@ class Cond:
     mask: Tensor | None = None  # (B, L)
     negative: Cond | None = None  # what classifier-free guidance moves away from
     guidance: Tensor | None = None  # (B,) embedded guidance
-    context: tuple[Tensor, ...] = ()  # source latents of edit models
-    shapes: tuple = ()  # and their sizes
+    context: tuple[Tensor, ...] = ()  # (B, N, D) packed latents of each source, for edit models
+    shapes: tuple[tuple[int, int, int], ...] = ()  # and their sizes in patches: frames, rows, columns
 
     @staticmethod
     def cat(conds: Sequence[Cond]) -> Cond:

@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from train_t2i.families.base import Cond, Family
+from train_t2i.families.base import Cond, Family, Source
 from train_t2i.networks import Networks, Role
 from train_t2i.randomness import Draw
 from train_t2i.sampling import few_step
@@ -38,6 +38,7 @@ class Batch:
 
     indices: Sequence[int]
     prompts: list[str]
+    sources: Sequence[Sequence[Source]] = ()  # what each row's edit starts from
     rows: Sequence[int] = ()  # of the data: the same row comes again in every epoch
     images: Tensor | None = None  # (B, 3, H, W)
     seeds: Sequence[int] = ()  # of the noise that the teacher's result was made from
