@@ -73,7 +73,6 @@ class DirectConfig:
     max_pixels: int = flag(
         0, "images of their own sizes, of at most so many pixels each, batched by size; 0: all of --resolution", low=0
     )
-    num_workers: int = flag(4, "processes that read images, where the data is a table of them", resume="free", low=0)
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,12 @@ class SFTConfig:
 
     caption_dropout: float = flag(0.1, "share of rows trained without their caption", low=0, high=1)
     cache_rows: bool = flag(False, "keep every row's latent and conditioning in memory after its first use")
-    num_workers: int = flag(4, "processes that read images", resume="free", low=0)
+    enable_bucket: bool = flag(
+        False, "images keep about their own proportions, at the area of --resolution, and are batched by size"
+    )
+    random_hw_adapt: bool = flag(
+        False, "with --enable-bucket: one batch of ten has smaller sides, down to 512 pixels, drawn by --seed"
+    )
 
 
 @dataclass(frozen=True)
