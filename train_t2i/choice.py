@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from train_t2i.config import Config, flag, parse_resolution
+from train_t2i.config import FAMILY_NAMES, Config, flag, parse_resolution
 from train_t2i.errors import UserError
 
 if TYPE_CHECKING:
@@ -35,6 +35,11 @@ class ModelChoice(RunChoice):
     text_length: int = flag(
         0, "tokens of the teacher's longest text; 0: its pipeline's own (a run knows its own)", low=0
     )
+    model_family: str = flag(
+        "auto", "architecture of the teacher; auto reads model_index.json", choices=("auto", *FAMILY_NAMES)
+    )
+    source_size: int = flag(1024, "as of train, of an edit teacher's sources (a run knows its own)", low=32)
+    source_seen_size: int = flag(384, "likewise", low=32)
     guidance_embed: float = flag(3.5, "what a guidance-distilled teacher (FLUX.1-dev) is told", low=0)
 
 
@@ -75,4 +80,7 @@ def teacher_config(choice: ModelChoice) -> Config:
         mixed_precision=choice.mixed_precision,
         text_length=choice.text_length,
         guidance_embed=choice.guidance_embed,
+        model_family=choice.model_family,
+        source_size=choice.source_size,
+        source_seen_size=choice.source_seen_size,
     )

@@ -37,6 +37,8 @@ ALIASES = {
 
 # fields of verbs that may stand without a flag -> their flag
 STANDING = {"runs": "run", "names": "name"}
+# fields that are repeated flags -> their flag
+REPEATED = {**STANDING, "sources": "source"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -83,7 +85,7 @@ def add_flags(parser: argparse.ArgumentParser, kind: type, title: str) -> None:
         if of_type is bool:
             extra = {"type": parse_bool, "nargs": "?", "const": True, "metavar": "on|off"}
         if typing.get_origin(of_type) is tuple:
-            option = "--" + STANDING.get(field.name, field.name).replace("_", "-")
+            option = "--" + REPEATED.get(field.name, field.name).replace("_", "-")
             extra = {"action": "append", "dest": field.name, "metavar": option[2:].upper()}
         help_text = (field.metadata["help"] + shown).replace("%", "%%")
         group.add_argument(option, default=argparse.SUPPRESS, help=help_text, **extra)

@@ -27,6 +27,7 @@ from train_t2i.errors import EXIT_DONE, UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from train_t2i.families import Source
     from train_t2i.scorers import Scorers
     from train_t2i.student import ImageModel
 
@@ -38,12 +39,15 @@ MAX_GRID = 64  # images of a saved grid
 class EvaluateConfig(ModelChoice):
     """Score runs, or the teacher, on prompts: adherence, rewards, Frechet distance, recall, time an image."""
 
-    prompts: str = flag("", "file of prompts")
+    prompts: str = flag("", "file of prompts; of edit models: image table with source_file_path and text")
     count: int = flag(500, "prompts to use, from the first", low=2)
     seed: int = flag(1000, "image i is made with seed + i", low=0, high=2**62)
     batch_size: int = flag(50, "images a batch", low=1)
     name: str | None = flag(None, "names of the models in the table, comma list (default: RUN@STEP, or teacher)")
-    scorer: str | None = flag(None, "adherence, module:function, (images (B,3,H,W) in [0,1], prompts) -> (B,)")
+    scorer: str | None = flag(
+        None,
+        "adherence, module:function, (images (B,3,H,W) in [0,1], prompts) -> (B,); of edit models with the sources as third",
+    )
     clip_reward_model: str | None = flag(None, "CLIP reward: weights file or tower folder")
     hpsv2_reward_model: str | None = flag(None, "HPSv2.1 reward: weights file or tower folder")
     magic_prompt: str = flag("", "words put before the prompt for HPS; none here, 'Realistic photo' in training")
@@ -153,19 +157,26 @@ def as_saved(images: Tensor) -> Tensor:
     return (images.detach().float().clamp(0, 1) * 255).round() / 255
 
 
-def timed_images(model: ImageModel, prompts: Sequence[str], seeds: Sequence[int]) -> tuple[Tensor, float]:
+def timed_images(
+    model: ImageModel, prompts: Sequence[str], seeds: Sequence[int], sources: Sequence[Sequence[Source]]
+) -> tuple[Tensor, float]:
     """Images and seconds an image: text encoding, network and decoder."""
     import torch
 
     started = time.perf_counter()
-    images = model.images(prompts, seeds)
+    images = model.images(prompts, seeds, sources)
     if images.is_cuda:
         torch.cuda.synchronize(images.device)
     return images, (time.perf_counter() - started) / len(prompts)
 
 
 def make_and_score(
-    model: ImageModel, prompts: Sequence[str], scorers: Scorers, config: EvaluateConfig, label: str
+    model: ImageModel,
+    prompts: Sequence[str],
+    scorers: Scorers,
+    config: EvaluateConfig,
+    label: str,
+    sources: Sequence[Sequence[Source]] = (),
 ) -> Made:
     """All images of one model, batch by batch; only scores, features and the first few images are kept.
 
@@ -179,14 +190,14 @@ def make_and_score(
     with tqdm(total=len(prompts), unit="image", desc=label) as bar:
         for first in range(0, len(prompts), size):
             batch = list(prompts[first : first + size])
-            seeds = [config.seed + first + i for i in range(len(batch))]
+            seeds, edited = [config.seed + first + i for i in range(len(batch))], sources[first : first + size]
             if first == 0 and warm_again:
-                timed_images(model, batch, seeds)
-            images, seconds = timed_images(model, batch, seeds)
+                timed_images(model, batch, seeds, edited)
+            images, seconds = timed_images(model, batch, seeds, edited)
             if len(batch) == size and (first > 0 or warm_again):
                 made.seconds_per_image.append(seconds)
             pictures = as_saved(images)
-            for name, scores in scorers.scores(pictures, batch).items():
+            for name, scores in scorers.scores(pictures, batch, edited).items():
                 made.values.setdefault(name, []).append(scores)
             if scorers.held_out is not None:
                 made.features.append(scorers.features(pictures))
@@ -237,13 +248,14 @@ def save_grid(folder: str, name: str, images: Sequence[Tensor]) -> None:
         raise UserError(f"--save-images {folder}: cannot be written ({error})", "choose another folder") from None
 
 
-def evaluate_model(
-    load: Callable[[], ImageModel], name: str | None, prompts: Sequence[str], scorers: Scorers, config: EvaluateConfig
-) -> dict:
+def evaluate_model(load: Callable[[], ImageModel], name: str | None, scorers: Scorers, config: EvaluateConfig) -> dict:
+    from train_t2i.feed import asked_of
+
     model = load()
     name = name or model.name
+    prompts, sources = asked_of(model.settings, config.prompts, config.count)
     scorers.prepare_reference(model.settings.size_px)
-    made = make_and_score(model, prompts, scorers, config, name)
+    made = make_and_score(model, prompts, scorers, config, name, sources)
     row = row_of(model, name, made, scorers, config)
     if config.out:
         merge_row(config.out, row)
@@ -266,7 +278,7 @@ def main(arguments: Sequence[str]) -> int:
         print(f"{config.prompts} holds {len(prompts)} prompts: all of them are used")
     scorers = Scorers(config)
     names = config.name.split(",") if config.name else [None] * len(loaders)
-    rows = [evaluate_model(load, name, prompts, scorers, config) for load, name in zip(loaders, names, strict=True)]
+    rows = [evaluate_model(load, name, scorers, config) for load, name in zip(loaders, names, strict=True)]
     print(format_table(rows))
     for row in rows:  # where --reward-margin should lie above
         told = ", ".join(f"{key} {value:.4g}" for key, value in row["p99"].items() if key in ("clip", "hps"))

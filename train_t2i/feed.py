@@ -5,8 +5,8 @@ Shapes: images (B, 3, H, W) in [0, 1]; latents (B, C, H, W).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,11 @@ from train_t2i.families.base import Source
 from train_t2i.image_data import Images, Item, Rows
 from train_t2i.methods import Batch
 from train_t2i.pair_data import Wanted, open_pairs
+from train_t2i.pictures import header_size, source_image
 from train_t2i.prompt_cache import PromptCache
 from train_t2i.prompts import load_prompts
 from train_t2i.rows import Rejects, RowRules, load_rows
+from train_t2i.sizes import source_sizes
 
 LOOKED_UP = 1000  # prompts that are looked for in a cache before anything loads; the others when their turn comes
 
@@ -79,6 +81,37 @@ def images_for(kind: str, settings: Settings, rejects: Rejects | None) -> Images
     data = Images(rows, settings.size_px, buckets=buckets, varies=varies, seed=run.seed)
     data.told = told
     return data
+
+
+def sources_of(data: Rows, rows: Sequence[int]) -> list[list[Source]]:
+    """What the edits of some rows start from."""
+    return [[Source(*both) for both in data.sources(row)] for row in rows]
+
+
+def asked_of(settings: Settings, path: str, count: int) -> tuple[list[str], list[list[Source]]]:
+    """The first ``count`` prompts of a file, and what they edit where the model edits: then the file is an image table.
+
+    Raises UserError.
+    """
+    run = settings.run
+    if run.model_family not in EDIT_FAMILIES:
+        return load_prompts(path)[:count], []
+    rows = images_for("prompts", replace(settings, run=replace(run, data_path_train=path, train_data_dir=None)), None)
+    chosen = range(min(count, len(rows)))
+    return [rows.prompt(row) for row in chosen], sources_of(rows, chosen)
+
+
+def sources_at(settings: Settings, paths: Sequence[str]) -> list[Source]:
+    """The images at some paths, as the model of ``settings`` is shown sources.  Raises UserError."""
+    run, (least, most) = settings.run, source_counts(settings.run.model_family)
+    if not least <= len(paths) <= most:
+        taken = "none" if most == 0 else f"{most}" if least == most else f"{least} to {most}"
+        raise UserError(f"--source: {len(paths)} are given, {run.model_family} takes {taken}", "give as many")
+    sides_px = run.source_size, seen_side(run)
+    return [
+        Source(*source_image(Path(p), "--source", source_sizes(*header_size(Path(p), "--source"), *sides_px)))
+        for p in paths
+    ]
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from train_t2i.resume import (
 )
 from train_t2i.rows import Rejects
 from train_t2i.run import Run, State, StopRequest
-from train_t2i.sheet import SampleSheet, sheet_prompts
+from train_t2i.sheet import SampleSheet, sheet_rows
 from train_t2i.watchdog import Watchdog
 
 LOW_RATE = 0.5  # of --trainable-modules-low-learning-rate
@@ -69,9 +69,9 @@ def prepare(settings: Settings, folder: RunFolder, engine: Engine, stop: StopReq
     )
     if resume_from and owns(folder, resume_from):
         check_rows(record, len(data), resume_from)
-    prompts = sheet_prompts(settings, data)
+    asked = sheet_rows(settings, data)
     if cfg.prompt_cache:
-        PromptCache(cfg.prompt_cache).need([*prompts, getattr(settings.method, "negative_prompt", "")])
+        PromptCache(cfg.prompt_cache).need([*asked[0], getattr(settings.method, "negative_prompt", "")])
 
     family = build.build_family(cfg, engine.dtype).to(engine.device)
     shape = build.latent_shape(family, settings.size_px)
@@ -109,7 +109,7 @@ def prepare(settings: Settings, folder: RunFolder, engine: Engine, stop: StopReq
     if engine.is_main:
         log.cut_logs(folder.root, first_tick)
     run.log = make_log(run, first_tick)
-    run.sheet = SampleSheet.build(settings, method, networks, folder.root, run.log, prompts, engine)
+    run.sheet = SampleSheet.build(settings, method, networks, folder.root, run.log, asked, engine)
     announce(run, resume_from, [*found, *told, *advice(settings, resume_from)])
     return run
 

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
+    from train_t2i.config import Settings
+    from train_t2i.families import Source
     from train_t2i.student import ImageModel
 
 LIST = "prompts.jsonl"
@@ -32,7 +34,8 @@ MAX_GRID = 64  # images of a grid
 class SampleConfig(ModelChoice):
     """Make images with a run's student at a step, or with the teacher."""
 
-    prompts: str | None = flag(None, "file of prompts")
+    prompts: str | None = flag(None, "file of prompts; of an edit model: image table with source_file_path and text")
+    sources: tuple[str, ...] = flag((), "image that --prompt edits; may be repeated")
     prompt: str | None = flag(None, "one prompt instead of a file; --count images of it")
     count: int = flag(8, "images in all: the first prompts of the file, or seeds of the one prompt", low=1)
     seed: int = flag(0, "image i is made with seed + i", low=0, high=2**62)
@@ -40,18 +43,29 @@ class SampleConfig(ModelChoice):
     out: str = flag("samples", "folder to write")
 
 
-def wanted_prompts(config: SampleConfig) -> list[str]:
-    """One prompt an image."""
+def check_asked(config: SampleConfig) -> None:
+    """Mistakes that can be seen before anything is loaded."""
     if (config.prompts is None) == (config.prompt is None):
         raise UserError("what to sample: give --prompts FILE or --prompt TEXT", "one of them")
-    if config.prompt is not None:
-        return [config.prompt] * config.count
-    from train_t2i.prompts import load_prompts
+    if config.sources and config.prompt is None:
+        raise UserError("--source goes with --prompt", "a table of --prompts names its own sources")
+    if config.prompts is not None:
+        from train_t2i.prompts import load_prompts
 
-    prompts = load_prompts(str(config.prompts))
-    if len(prompts) < config.count:
-        print(f"{config.prompts} holds {len(prompts)} prompts: all of them are used")
-    return prompts[: config.count]
+        load_prompts(config.prompts)
+
+
+def asked(config: SampleConfig, settings: Settings) -> tuple[list[str], list[list[Source]]]:
+    """One prompt an image, and what each edits."""
+    from train_t2i.feed import asked_of, sources_at
+
+    if config.prompt is None:
+        prompts, sources = asked_of(settings, str(config.prompts), config.count)
+        if len(prompts) < config.count:
+            print(f"{config.prompts} holds {len(prompts)} prompts: all of them are used")
+        return prompts, sources
+    told = sources_at(settings, config.sources)
+    return [config.prompt] * config.count, [told] * config.count if told else []
 
 
 def square_grid(images: Sequence[Tensor]) -> Image.Image:
@@ -75,11 +89,13 @@ def open_folder(out: str) -> Path:
     return folder
 
 
-def write_samples(model: ImageModel, prompts: Sequence[str], config: SampleConfig, folder: Path) -> None:
+def write_samples(model: ImageModel, config: SampleConfig, folder: Path) -> None:
     """The images, then the grid, then the list: where that is, the folder is complete."""
     from tqdm import tqdm
 
     from train_t2i.log import to_pil
+
+    prompts, sources = asked(config, model.settings)
 
     shown: list[Tensor] = []
     lines: list[dict[str, object]] = []
@@ -87,7 +103,8 @@ def write_samples(model: ImageModel, prompts: Sequence[str], config: SampleConfi
         for first in range(0, len(prompts), config.batch_size):
             batch = prompts[first : first + config.batch_size]
             seeds = [config.seed + first + i for i in range(len(batch))]
-            for i, image in enumerate(model.images(batch, seeds).cpu(), first):
+            edited = sources[first : first + config.batch_size]
+            for i, image in enumerate(model.images(batch, seeds, edited).cpu(), first):
                 name = f"{i:05d}.png"
                 to_pil(image).save(folder / name)
                 lines.append({"file": name, "prompt": prompts[i], "seed": config.seed + i, "model": model.name})
@@ -101,11 +118,11 @@ def write_samples(model: ImageModel, prompts: Sequence[str], config: SampleConfi
 
 def main(arguments: Sequence[str]) -> int:
     config = parse_verb(SampleConfig, "sample", arguments)
-    prompts = wanted_prompts(config)
+    check_asked(config)
     load = only(config)
     folder = open_folder(config.out)
     try:
-        write_samples(load(), prompts, config, folder)
+        write_samples(load(), config, folder)
     except OSError as error:
         raise UserError(
             f"--out {config.out}: cannot be written ({error.strerror})", "make room and run it again", EXIT_DISK

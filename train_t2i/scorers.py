@@ -20,6 +20,7 @@ from tqdm import tqdm
 import rewards
 from train_t2i import storage
 from train_t2i.errors import UserError
+from train_t2i.families.base import Source
 from train_t2i.pictures import fit_image
 from train_t2i.rows import Row, load_rows
 from train_t2i.student import default_device
@@ -27,7 +28,7 @@ from train_t2i.student import default_device
 if TYPE_CHECKING:
     from train_t2i.evaluate import EvaluateConfig
 
-Score = Callable[[Tensor, Sequence[str]], Tensor]
+Score = Callable[..., Tensor]  # (images, prompts), for edits with the sources -> (B,)
 REFERENCE_BATCH = 64
 MIN_ROWS = 4  # of which each has three neighbours
 
@@ -83,21 +84,25 @@ class Scorers:
         return self.rewards | ({"held_out": self.held_out} if self.held_out is not None else {})
 
     @torch.no_grad()
-    def scores(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+    def scores(
+        self, images: Tensor, prompts: Sequence[str], sources: Sequence[Sequence[Source]] = ()
+    ) -> dict[str, Tensor]:
         """Column name -> (B,) fp32, in the order of the table."""
         found: dict[str, Tensor] = {}
         if self.adherence is not None:
-            found["adherence"] = self._adherence(images.cpu(), prompts)
+            found["adherence"] = self._adherence(images.cpu(), prompts, sources)
         prefix = self.config.magic_prompt
         for name, tower in self._towers().items():
             told = [f"{prefix} {prompt}" for prompt in prompts] if name == "hps" and prefix else prompts
             found[name] = tower(images, told).float().cpu()
         return found
 
-    def _adherence(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    def _adherence(self, images: Tensor, prompts: Sequence[str], sources: Sequence[Sequence[Source]]) -> Tensor:
+        """An edit is judged beside what it starts from: each row's sources as (3, h, w) in [0, 1]."""
         assert self.adherence is not None
+        told = ([[source.pixels.float() / 255 for source in row] for row in sources],) if sources else ()
         try:
-            scores = torch.as_tensor(self.adherence(images, list(prompts)), dtype=torch.float32).cpu()
+            scores = torch.as_tensor(self.adherence(images, list(prompts), *told), dtype=torch.float32).cpu()
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"--scorer {self.config.scorer}: {error}", "give prompts that it knows") from None
         if scores.shape != (len(prompts),):

@@ -20,7 +20,8 @@ from train_t2i.checkpoint import RunFolder, run_of
 from train_t2i.config import Config, DirectConfig, Settings
 from train_t2i.engine import DTYPES
 from train_t2i.errors import UserError
-from train_t2i.families import Cond, Family
+from train_t2i.families import Cond, Family, Source
+from train_t2i.families.base import alike
 from train_t2i.networks import Networks, Role
 from train_t2i.randomness import seeded_noise
 from train_t2i.sampling import X0At, many_step, many_step_through
@@ -46,25 +47,49 @@ class ImageModel:
     through: Callable[[Cond, Tensor, Tensor], list[Tensor]] | None = None  # (cond, noise, grid): a teacher's states
 
     @torch.no_grad()
-    def latents(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
-        """(B, C, H, W): row i is a function of its prompt and seed alone, as ``torch.Generator('cpu')`` draws noise."""
-        cond = self.family.encode(prompts, self.negative)
-        return self.sample(cond, self._noise(cond, seeds), lambda i: self._noise(cond, seeds, i))
+    def latents(self, prompts: Sequence[str], seeds: Sequence[int], sources: Sequence[Sequence[Source]] = ()) -> Tensor:
+        """(B, C, H, W): row i is a function of its prompt, sources and seed alone, as ``torch.Generator('cpu')`` draws noise."""
+
+        def sample(cond: Cond, seeds: Sequence[int]) -> Tensor:
+            return self.sample(cond, self._noise(cond, seeds), lambda i: self._noise(cond, seeds, i))
+
+        return self._by_group(sample, prompts, seeds, sources)
 
     @torch.no_grad()
-    def states(self, prompts: Sequence[str], seeds: Sequence[int], grid: Tensor) -> list[Tensor]:
+    def states(
+        self, prompts: Sequence[str], seeds: Sequence[int], grid: Tensor, sources: Sequence[Sequence[Source]] = ()
+    ) -> list[Tensor]:
         """Where the teacher is, (B, C, H, W), at each of a student's times ``grid`` (N + 1,) but the first; the last is its
         result."""
-        assert self.through is not None
-        cond = self.family.encode(prompts, self.negative)
-        return self.through(cond, self._noise(cond, seeds), grid)
+        through = self.through
+        assert through is not None
+
+        def sample(cond: Cond, seeds: Sequence[int]) -> Tensor:
+            return torch.stack(through(cond, self._noise(cond, seeds), grid), dim=1)
+
+        return list(self._by_group(sample, prompts, seeds, sources).unbind(1))
+
+    def _by_group(
+        self,
+        sample: Callable[[Cond, Sequence[int]], Tensor],
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        sources: Sequence[Sequence[Source]],
+    ) -> Tensor:
+        """(B, ...): what ``sample(conditioning, seeds)`` makes, rows of equal sources at once."""
+        made: dict[int, Tensor] = {}
+        for group in alike(sources, len(prompts)):
+            told = [sources[row] for row in group] if sources else ()
+            cond = self.family.encode([prompts[row] for row in group], self.negative, told)
+            made.update(zip(group, sample(cond, [seeds[row] for row in group]), strict=True))
+        return torch.stack([made[row] for row in range(len(prompts))])
 
     def _noise(self, cond: Cond, seeds: Sequence[int], i: int = 0) -> Tensor:
         return seeded_noise([seed + i * RENOISE_OFFSET for seed in seeds], self.latent_shape).to(cond.tokens.device)
 
     @torch.no_grad()
-    def images(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
-        return self.family.decode(self.latents(prompts, seeds))
+    def images(self, prompts: Sequence[str], seeds: Sequence[int], sources: Sequence[Sequence[Source]] = ()) -> Tensor:
+        return self.family.decode(self.latents(prompts, seeds, sources))
 
 
 def default_device() -> torch.device:
@@ -109,7 +134,7 @@ def saved_settings(record: dict[str, Any], pretrained_model: str | None, vae: st
     run = dataclasses.replace(
         settings.run, gradient_checkpointing=False, tiny_vae=None, prompt_cache=None, base_quant="none"
     )
-    if not run.use_lora_gen:  # every weight of the generator is in the checkpoint
+    if not run.use_lora_gen and not build.trained_parts(settings.method):  # every weight of the generator is saved
         run = dataclasses.replace(run, generator_init=None, xl_ode_pretrain_path=None)
     if pretrained_model is not None:
         run = dataclasses.replace(run, pretrained_model=pretrained_model)

@@ -24,6 +24,16 @@ class Source:
     seen: Tensor  # (3, h', w') uint8: what the text encoder sees
 
 
+def alike(sources: Sequence[Sequence[Source]], count: int) -> list[list[int]]:
+    """The rows 0 .. count - 1 in groups whose sources have the same sizes, in order: each group can be one batch."""
+    groups: dict[tuple[tuple[int, ...], ...], list[int]] = {}
+    for row in range(count):
+        told = sources[row] if sources else ()
+        sizes = tuple((*source.pixels.shape, *source.seen.shape) for source in told)
+        groups.setdefault(sizes, []).append(row)
+    return list(groups.values())
+
+
 @dataclass(frozen=True)
 class Cond:
     """Everything a network is told besides x_t and t."""
