@@ -15,6 +15,7 @@ from diffusers.image_processor import VaeImageProcessor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
+from safetensors.torch import save_file
 from tiny_runs import stopped_at
 from trainer import Trainer
 
@@ -299,6 +300,50 @@ def test_one_source_is_the_limit_of_the_first_edit_model(edits, tmp_path):
     )
     pixels, seen = left.sources(0)[0]
     assert pixels is seen  # the text encoder sees what the VAE does
+
+
+# -- pairs -----------------------------------------------------------------------------------------------------------
+
+
+def test_pairs_of_edits_have_their_sources(edits, tmp_path):
+    """A table of the teacher's images and a folder of its latents: batches share the sizes of their sources."""
+    rows = [{**row, "prompt": row["text"], "seed": i} for i, row in enumerate(json.loads(edits.read_text()))]
+    (edits.parent / "pairs.json").write_text(json.dumps(rows))
+    lines = [
+        "prompt,seed,source_file_path",
+        *(f"{row['text']},{row['seed']},{';'.join(row['source_file_path'])}" for row in rows),
+    ]
+    (tmp_path / "metadata.csv").write_text("\n".join(lines) + "\n")
+    (tmp_path / "pairs.json").write_text('{"shard_size": 22}')
+    save_file(
+        {"latents": torch.arange(22.0)[:, None, None, None].expand(22, 4, 4, 4).contiguous()},
+        tmp_path / "latents-00000.safetensors",
+    )
+    for path, more in (
+        (edits.parent / "pairs.json", "--max-pixels 1152"),
+        (tmp_path, f"--train-data-dir {edits.parent}"),
+    ):
+        flags = f"--method direct --model-family qwen_image_edit_plus --source-size 64 --source-seen-size 32 --resolution 32 {more}"
+        data = dataset_for("pairs", parse([*flags.split(), "--data-path-train", str(path)]))
+        data.settle(*MODEL)
+        assert data.reads_images
+        expected = images_of(edits, buckets=False)
+        whole = [batch for (batch,) in ticks(Feed(data, 3, 4), 22)]
+        assert Counter(row for batch in whole for row in batch.rows) == dict.fromkeys(range(22), 4)
+        for batch in whole:
+            assert len({tuple(source.pixels.shape for source in sources) for sources in batch.sources}) == 1
+            assert batch.seeds == batch.rows
+            for row, sources in zip(batch.rows, batch.sources, strict=True):
+                assert all(
+                    torch.equal(s.pixels, other[0]) for s, other in zip(sources, expected.sources(row), strict=True)
+                )
+            if batch.latents is not None:
+                assert batch.latents[:, 0, 0, 0].tolist() == list(batch.rows)
+    sdxl = parse(
+        ["--method", "direct", "--model-family", "sdxl", "--data-path-train", str(edits.parent / "pairs.json")]
+    )
+    with pytest.raises(UserError, match="row 1: 1 sources in source_file_path, the model takes none"):
+        dataset_for("pairs", sdxl)
 
 
 # -- runs ------------------------------------------------------------------------------------------------------------
