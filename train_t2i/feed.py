@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from train_t2i.config import EDIT_FAMILIES, Settings, seen_side, source_counts
+from train_t2i.config import EDIT_FAMILIES, Config, Settings, seen_side, source_counts
 from train_t2i.data import Sequenced, batch_indices
 from train_t2i.errors import UserError
 from train_t2i.families.base import Source
@@ -53,7 +53,9 @@ def dataset_for(kind: str, settings: Settings, rejects: Rejects | None = None) -
     """
     run, method = settings.run, settings.method
     if kind == "pairs":
-        wanted = Wanted(settings.size_px, method.max_pixels, method.max_row_steps, method.states_weight > 0)
+        wanted = Wanted(
+            settings.size_px, method.max_pixels, method.max_row_steps, method.states_weight > 0, rules_of(run)
+        )
         return open_pairs(run.data_path_train, wanted)
     if kind == "images" or run.model_family in EDIT_FAMILIES:
         return images_for(kind, settings, rejects)
@@ -65,17 +67,16 @@ def dataset_for(kind: str, settings: Settings, rejects: Rejects | None = None) -
     return data
 
 
+def rules_of(run: Config) -> RowRules:
+    """What a run asks of the rows of image tables, whatever its method."""
+    return RowRules(run.train_data_dir, True, source_counts(run.model_family), (run.source_size, seen_side(run)))
+
+
 def images_for(kind: str, settings: Settings, rejects: Rejects | None) -> Images:
     """The rows of an image table, with targets where the method learns from them."""
     run, targets = settings.run, kind == "images"
     buckets, varies = (settings.method.enable_bucket, settings.method.random_hw_adapt) if targets else (False, False)
-    rules = RowRules(
-        root=run.train_data_dir,
-        targets=targets,
-        sources=source_counts(run.model_family),
-        source_sides_px=(run.source_size, seen_side(run)),
-        headers=buckets,
-    )
+    rules = replace(rules_of(run), targets=targets, headers=buckets)
     rows = load_rows(run.data_path_train, rules, rejects)
     told = rejects.settle(Path(run.data_path_train), len(rows) + len(rejects.bad)) if rejects else ""
     data = Images(rows, settings.size_px, buckets=buckets, varies=varies, seed=run.seed)

@@ -73,10 +73,7 @@ class Images(Rows):
         return self.rows[row].prompt
 
     def sources(self, row: int) -> list[tuple[Tensor, Tensor]]:
-        told = self.rows[row]
-        return [
-            source_image(path, told.place, sizes) for path, sizes in zip(told.sources, told.sources_px, strict=True)
-        ]
+        return read_sources(self.rows[row])
 
     def settle(
         self, latent_shape: tuple[int, int, int], size_multiple: int, grid: Tensor, max_side_px: int | None = None
@@ -105,4 +102,14 @@ class Images(Rows):
         item: Item = {"prompt": told.prompt}
         if told.image is not None:
             item["images"] = fit_image(told.image, told.place, *size_px)
-        return item | ({"sources": self.sources(row)} if told.sources else {})
+        return item | sources_item(told)
+
+
+def read_sources(row: Row) -> list[tuple[Tensor, Tensor]]:
+    """Each source of a row for its two readers.  Raises UserError."""
+    return [source_image(path, row.place, sizes) for path, sizes in zip(row.sources, row.sources_px, strict=True)]
+
+
+def sources_item(row: Row) -> Item:
+    """What a row with sources adds to its item."""
+    return {"sources": read_sources(row)} if row.sources else {}

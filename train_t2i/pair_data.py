@@ -2,7 +2,7 @@
 
 Two kinds of data.  A folder that the pairs verb wrote holds exact latents.  A table (csv, tsv, json, jsonl, parquet) with the
 columns image, prompt, seed, rand_device, num_inference_steps, cfg_scale is DiffSynth-Studio's own format, where
-``num_inference_steps`` is the student's.  What would train on another image than that noise leads to is refused, with its
+``num_inference_steps`` is the student's.  Of edit models, rows of both have sources too.  What would train on another image than that noise leads to is refused, with its
 row: no seed, noise of a device that is not here, an image that would have to be scaled or cropped.
 Shapes: latent (C, H, W); states (N - 1, C, H, W); images (3, height, width) in [0, 1].
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,9 @@ from torch import Tensor
 
 from train_t2i.data import Sequenced, order_of
 from train_t2i.errors import UserError
-from train_t2i.image_data import Item, Rows
-from train_t2i.pictures import exact_image, image_size
-from train_t2i.rows import Row, load_rows
+from train_t2i.image_data import Item, Rows, read_sources, sources_item
+from train_t2i.pictures import exact_image
+from train_t2i.rows import Row, RowRules, load_rows
 from train_t2i.tables import place_of, records, short
 
 COLUMNS = ("image", "prompt", "seed", "rand_device", "num_inference_steps", "cfg_scale", "height", "width")
@@ -55,6 +55,7 @@ class Wanted:
     max_pixels: int = 0  # of an image, each of its own size; 0: all are of ``size_px``
     max_row_steps: int = 0  # rows have their own numbers of steps, up to this; 0: they have not
     states: bool = False  # where the teacher was at the student's times
+    rows: RowRules = field(default_factory=RowRules)  # of tables, and of sources
 
 
 def read_starts(path: Path, max_row_steps: int = 0) -> list[Start]:
@@ -105,12 +106,19 @@ class Pairs(Rows):
     """What both kinds share."""
 
     starts: list[Start]
+    rows: list[Row]  # of the table; none where nothing but ``starts`` is read of it
 
     def __len__(self) -> int:
         return len(self.starts)
 
     def prompt(self, row: int) -> str:
         return self.starts[row].prompt
+
+    def sources(self, row: int) -> list[tuple[Tensor, Tensor]]:
+        return read_sources(self.rows[row]) if self.rows else []
+
+    def _start(self, row: int) -> Item:
+        return self.starts[row].item() | (sources_item(self.rows[row]) if self.rows else {})
 
 
 class StoredPairs(Pairs):
@@ -133,6 +141,8 @@ class StoredPairs(Pairs):
             )
         self.shard_size: int = size
         self.starts = read_starts(rows, wanted.max_row_steps)
+        self.reads_images = (wanted.rows.sources or (0, 0))[1] > 0
+        self.rows = load_rows(rows, replace(wanted.rows, targets=False)) if self.reads_images else []
         with self._shard(0) as file:
             if wanted.states and "states" not in file.keys():  # noqa: SIM118 - no mapping
                 raise UserError(f"--states-weight: {path} has no states of its teacher", "make the pairs with --states")
@@ -155,11 +165,14 @@ class StoredPairs(Pairs):
                 "make the pairs with --states, this run's --shift, and --student-num-steps as its --sample-num-steps",
             )
 
+    def order(self, seed: int, chunk_size: int) -> Sequenced:
+        return order_of([row.sources_px for row in self.rows] or [()] * len(self), chunk_size, seed)
+
     def __getitem__(self, row: int) -> Item:
         shard, position = divmod(row, self.shard_size)
         names = ("latents", "states") if self.wanted.states else ("latents",)
         with self._shard(shard) as file:
-            return self.starts[row].item() | {name: file.get_slice(name)[position] for name in names}
+            return self._start(row) | {name: file.get_slice(name)[position] for name in names}
 
     @contextlib.contextmanager
     def _shard(self, shard: int) -> Iterator[Any]:
@@ -181,8 +194,8 @@ class ImagePairs(Pairs):
             raise UserError(f"--states-weight: {path} has no states of its teacher", "give a folder of the pairs verb")
         self.wanted = wanted
         self.starts = read_starts(Path(path), wanted.max_row_steps)
-        self.rows: list[Row] = load_rows(path)
-        self.sizes_px = [image_size(row.target, row.place) for row in self.rows]
+        self.rows = load_rows(path, replace(wanted.rows, headers=True))
+        self.sizes_px = [row.image_px for row in self.rows]
 
     def settle(
         self, latent_shape: tuple[int, int, int], size_multiple: int, grid: Tensor, max_side_px: int | None = None
@@ -206,10 +219,11 @@ class ImagePairs(Pairs):
             raise UserError(f"{told}, not multiples of {multiple}: it would have to be cropped", "render other sizes")
 
     def order(self, seed: int, chunk_size: int) -> Sequenced:
-        return order_of(self.sizes_px, chunk_size, seed)
+        keys = [(size, row.sources_px) for size, row in zip(self.sizes_px, self.rows, strict=True)]
+        return order_of(keys, chunk_size, seed)
 
     def __getitem__(self, row: int) -> Item:
-        return self.starts[row].item() | {
+        return self._start(row) | {
             "images": exact_image(self.rows[row].target, self.rows[row].place, *self.sizes_px[row])
         }
 

@@ -36,7 +36,7 @@ class Row:
     image: Path | None  # the target; None where rows need none
     prompt: str
     sources: tuple[Path, ...] = ()
-    image_px: Size | None = None  # where headers are read
+    image_px: Size = (0, 0)  # where headers are read
     sources_px: tuple[SourceSizes, ...] = ()
 
     @property
@@ -175,7 +175,7 @@ def _measured(rows: list[Row], rules: RowRules, rejects: Rejects | None) -> Iter
 
     def measure(row: Row) -> Row | UserError:
         try:
-            target = None if row.image is None else header_size(row.image, row.place)
+            target = (0, 0) if row.image is None else header_size(row.image, row.place)
             return replace(
                 row, image_px=target, sources_px=tuple(_sizes(row, path, rules.source_sides_px) for path in row.sources)
             )
