@@ -107,7 +107,7 @@ def draw(split: str, seed: int, index: int, kinds: tuple[str, ...]) -> tuple[Edi
 
 
 def _bytes(pixels: Array) -> Array:
-    return (pixels * 255 + 0.5).astype(np.uint8)  # type: ignore[return-value]
+    return (pixels * 255 + 0.5).astype(np.uint8)
 
 
 def write_edits(split: str, count: int, seed: int, out: Path, kinds: tuple[str, ...]) -> None:
