@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,20 @@ from shapes.world import code_digest
 def pictures(work: Path, count: int, seed: int) -> Path:
     """The table of `count` rendered training scenes, made when it is missing."""
     folder = work / f"pictures-{count}-{seed}-{code_digest()}"
-    render = [sys.executable, "-m", "shapes.scenes", "render", "--split", "train", "--count", str(count)]
-    if not (folder / "metadata.csv").exists():
-        subprocess.run([*render, "--seed", str(seed), "--out", str(folder)], check=True)
-    return folder / "metadata.csv"
+    return _rendered("scenes", count, seed, folder / "metadata.csv")
+
+
+def edits(work: Path, count: int, seed: int) -> Path:
+    """The table of `count` rendered training edits, made when it is missing."""
+    folder = work / f"edits-{count}-{seed}-{code_digest('edits.py', 'edit_pictures.py')}"
+    return _rendered("edits", count, seed, folder / "metadata.json")
+
+
+def _rendered(module: str, count: int, seed: int, table: Path) -> Path:
+    render = [sys.executable, "-m", f"shapes.{module}", "render", "--split", "train", "--count", str(count)]
+    if not table.exists():
+        subprocess.run([*render, "--seed", str(seed), "--out", str(table.parent)], check=True)
+    return table
 
 
 def supervised(
@@ -30,11 +41,12 @@ def supervised(
     run_name: str,
     *,
     pictures_seed: int,
+    table: Callable[[Path, int, int], Path] = pictures,
     more: dict[str, object] | None = None,
     legs: tuple[int, ...] = (),
     threads: int | None = None,
 ) -> Path:
-    """Train the denoiser of the pipeline `folder`; the folder of the last checkpoint's generator.
+    """Train the denoiser of the pipeline `folder` on the rows of `table`; the folder of the last checkpoint's generator.
 
     The run in `work`/`run_name` goes on where it stopped; another recipe needs another name.  With `legs` it is trained
     to the first of these steps, then on to the next by a run that starts there: each leg has a cosine of its own.
@@ -42,7 +54,7 @@ def supervised(
     flags: dict[str, object] = {
         "method": "sft",
         "pretrained-model": folder,
-        "data-path-train": pictures(work, recipe.pictures, pictures_seed),
+        "data-path-train": table(work, recipe.pictures, pictures_seed),
         "learning-rate-gen": recipe.learning_rate,
         "batch-size": recipe.batch_size,
         "lr-scheduler": "cosine",

@@ -75,6 +75,7 @@ HOLDERS = {  # part -> the committed folder that holds it
     "t5": ("flux", "text_encoder_2"),
     "qwen-autoencoder": ("qwen_image", "vae"),
     "qwen-text": ("qwen_image", "text_encoder"),
+    "qwen-edit-text": ("qwen_image_edit", "text_encoder"),
 }
 
 

@@ -80,7 +80,8 @@ def new_t5(recipe: T5Recipe, vocabulary: int) -> T5EncoderModel:
     return encoder
 
 
-def new_qwen_vl(recipe: QwenTextRecipe, tokenizer: Any) -> Qwen2_5_VLForConditionalGeneration:
+def new_qwen_vl(recipe: Any, tokenizer: Any, **tower: int) -> Qwen2_5_VLForConditionalGeneration:
+    """Untrained.  ``tower``: what its vision tower has different from the smallest."""
     number = tokenizer.convert_tokens_to_ids
     head_width = recipe.width // recipe.heads
     text = {
@@ -96,7 +97,7 @@ def new_qwen_vl(recipe: QwenTextRecipe, tokenizer: Any) -> Qwen2_5_VLForConditio
     vision = {
         "depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": recipe.width,
         "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": 112,
-        "fullatt_block_indexes": [1], "in_channels": 3,
+        "fullatt_block_indexes": [1], "in_channels": 3, **tower,
     }  # fmt: skip
     special = ("vision_start", "vision_end", "image_pad", "video_pad")
     ids = dict(zip(("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id"), special))

@@ -32,6 +32,11 @@ TINY = (
         ("qwen-autoencoder", "qwen-text", "qwen-image"),
         "teacher of the embedded world, a QwenImagePipeline folder",
     ),
+    (
+        "tiny-qwen-image-edit",
+        ("qwen-edit-text", "qwen-image-edit"),
+        "teacher of the embedded world's edits, a QwenImageEditPlusPipeline folder that starts from tiny-qwen-image",
+    ),
     ("tiny-taesd", ("tiny-decoder",), "fast decoder for tiny-sdxl latents (AutoencoderTiny)"),
     ("tiny-clip", ("clip",), "reward: contrastive tower, an open_clip folder"),
     ("tiny-hps", ("hps",), "reward: preference tower, saved as HPSv2.1 is"),

@@ -21,11 +21,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from shapes import flow_stages, sdxl_stages
+from shapes import edit_stages, flow_stages, sdxl_stages
 from shapes.manifest import write_manifest
 from shapes.stage import PICTURES, Paths, Stage
 
-STAGES = (*sdxl_stages.STAGES, *flow_stages.STAGES)
+STAGES = (*sdxl_stages.STAGES, *flow_stages.STAGES, *edit_stages.STAGES)
 STARTS: dict[str, tuple[str, Callable[[Paths], Path]]] = {  # stage -> the one that leaves in `work` what it starts from
     "hps": ("clip", lambda paths: paths.clip_trainee),
     "flux-guidance": ("flux", flow_stages.undistilled),

@@ -23,7 +23,8 @@ RADIUS_PX = {
 RADIUS_JITTER = 0.04
 COLOUR_JITTER = 0.03
 SINGLE_JITTER_PX = 2.0
-ALONG_JITTER_PX = 1.0  # two objects, along the axis of their relation: keeps a gap of 2 px between the largest
+ALONG_PX = (16.0, 48.0)  # the two objects of a relation, along its axis
+ALONG_JITTER_PX = 1.0  # around that: keeps a gap of 2 px between the largest
 ACROSS_JITTER_PX = 4.0
 
 COLOUR_RGB = {
@@ -112,7 +113,7 @@ def place(scene: Scene, rng: np.random.Generator) -> tuple[list[Placed], tuple[f
         centres = [np.asarray(CENTRES_PX[scene.position]) + rng.uniform(-SINGLE_JITTER_PX, SINGLE_JITTER_PX, 2)]
     else:
         centres = []
-        for along in (16.0, 48.0):
+        for along in ALONG_PX:
             along += rng.uniform(-ALONG_JITTER_PX, ALONG_JITTER_PX)
             across = 32.0 + rng.uniform(-ACROSS_JITTER_PX, ACROSS_JITTER_PX)
             centres.append(np.asarray((along, across) if scene.relation == "left of" else (across, along)))

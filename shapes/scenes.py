@@ -132,19 +132,20 @@ def is_reserved(scene: Scene) -> bool:
     return hashlib.blake2b(repr(scene).encode(), digest_size=4).digest()[0] % 8 == 0
 
 
-def _pick(rng: np.random.Generator, options: tuple[str, ...]) -> str:
+def pick(rng: np.random.Generator, options: tuple[str, ...]) -> str:
+    """One of the options, each as likely."""
     return options[int(rng.integers(len(options)))]
 
 
-def _any_scene(rng: np.random.Generator) -> Scene:
+def any_scene(rng: np.random.Generator) -> Scene:
     """A scene drawn from all scenes.  Two objects always differ in colour, so that each can be told by it."""
-    background = _pick(rng, BACKGROUNDS)
-    first = Thing(_pick(rng, SIZES), _pick(rng, COLOURS), _pick(rng, SHAPES))
+    background = pick(rng, BACKGROUNDS)
+    first = Thing(pick(rng, SIZES), pick(rng, COLOURS), pick(rng, SHAPES))
     if rng.random() >= TWO_OBJECT_SHARE:
-        return Scene((first,), background, position=_pick(rng, POSITIONS))
+        return Scene((first,), background, position=pick(rng, POSITIONS))
     others = tuple(colour for colour in COLOURS if colour != first.colour)
-    second = Thing(_pick(rng, SIZES), _pick(rng, others), _pick(rng, SHAPES))
-    return Scene((first, second), background, relation=_pick(rng, RELATIONS))
+    second = Thing(pick(rng, SIZES), pick(rng, others), pick(rng, SHAPES))
+    return Scene((first, second), background, relation=pick(rng, RELATIONS))
 
 
 def _belongs(split: str, rng: np.random.Generator) -> Callable[[Scene], bool]:
@@ -163,7 +164,7 @@ def sample(split: str, seed: int, index: int) -> tuple[Scene, str]:
     """
     rng = rng_for(split, seed, index)
     belongs = _belongs(split, rng)
-    scene = next(s for s in iter(lambda: _any_scene(rng), None) if belongs(s))
+    scene = next(s for s in iter(lambda: any_scene(rng), None) if belongs(s))
     return scene, caption(scene, int(rng.integers(NUM_TEMPLATES)))
 
 

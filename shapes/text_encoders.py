@@ -94,16 +94,17 @@ def new_text_encoders(
 class Heads(nn.Module):
     """Linear readers of a hidden state, one an attribute."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, classes: tuple[int, ...] = CLASSES) -> None:
         super().__init__()
-        self.readers = nn.ModuleList(nn.Linear(width, classes) for classes in CLASSES)
+        self.readers = nn.ModuleList(nn.Linear(width, number) for number in classes)
 
     def forward(self, hidden: Tensor) -> list[Tensor]:
         return [reader(hidden) for reader in self.readers]
 
     def loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """hidden (B, D), labels (B, 8) -> mean cross-entropy."""
-        parts = [F.cross_entropy(out, labels[:, i]) for i, out in enumerate(self(hidden))]
+        """hidden (B, D), labels (B, attributes) -> mean cross-entropy of the attributes that any row has."""
+        told = enumerate(self(hidden))
+        parts = [F.cross_entropy(out, labels[:, i]) for i, out in told if bool((labels[:, i] >= 0).any())]
         return torch.stack(parts).mean()
 
     def right(self, hidden: Tensor, labels: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from diffusers.modular_pipelines.qwenimage import prompt_templates
@@ -16,6 +18,7 @@ from open_clip.tokenizer import bytes_to_unicode, default_bpe, get_pairs
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTokenizer, Qwen2Tokenizer, T5Tokenizer
 
+from shapes.edits import ANY, FIELDS, TEMPLATES
 from shapes.scenes import (
     BACKGROUNDS,
     COLOURS,
@@ -110,14 +113,30 @@ QWEN_SPECIAL = (
 )  # fmt: skip
 
 
-def new_qwen_tokenizer() -> Qwen2Tokenizer:
-    """A Qwen2Tokenizer in which every word of the world, and of the pipelines' templates, is one token.
+def edit_words() -> list[str]:
+    """Every word that an edit instruction can hold."""
+    fields = "|".join(value for name, value in FIELDS.items() if name not in "ab").replace("|", " ")
+    texts = [re.sub(r"\{\w+\}", "", template) for templates in TEMPLATES.values() for template in templates]
+    return sorted({word.strip(",") for text in (*texts, fields, ANY) for word in text.split()})
+
+
+def new_qwen_edit_tokenizer() -> Qwen2Tokenizer:
+    """That of the tiny Qwen-Image-Edit: the words of edit instructions are one token each, too.
+
+    An instruction's first word follows a picture, with no space between.
+    """
+    first = [template.split()[0] for templates in TEMPLATES.values() for template in templates]
+    return new_qwen_tokenizer((" ".join(("", *edit_words())), "\n".join((*first, "Picture"))))
+
+
+def new_qwen_tokenizer(more: Sequence[str] = ()) -> Qwen2Tokenizer:
+    """A Qwen2Tokenizer in which every word of the world, of the pipelines' templates and of the texts `more` is one token.
 
     So the heads of the templates, which the pipelines cut off, have the lengths that they have in the published vocabulary.
     """
     own = Qwen2Tokenizer(vocab={letter: i for i, letter in enumerate(bytes_to_unicode().values())}, merges=[])
     templates = [text for name, text in vars(prompt_templates).items() if name.endswith("PROMPT_TEMPLATE")]
-    texts = [" ".join(("", *world_words())), *(text for text in templates for _ in range(2))]
+    texts = [" ".join(("", *world_words())), *(text for text in templates for _ in range(2)), *more]
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = own._tokenizer.pre_tokenizer
     alphabet = pre_tokenizers.ByteLevel.alphabet()

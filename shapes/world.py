@@ -30,12 +30,11 @@ class World:
         return self.pictures[index].float() / 255
 
 
-def code_digest() -> str:
-    """Digest of the files that decide what a picture looks like, so that a stale store is never read."""
+def code_digest(*more: str) -> str:
+    """Digest of the files that decide what a picture looks like, `more` among them, so that a stale store is never read."""
     here = Path(__file__).parent
-    return hashlib.blake2b(
-        b"".join((here / n).read_bytes() for n in ("scenes.py", "render.py")), digest_size=6
-    ).hexdigest()
+    files = ("scenes.py", "render.py", *more)
+    return hashlib.blake2b(b"".join((here / n).read_bytes() for n in files), digest_size=6).hexdigest()
 
 
 def load_world(split: str, seed: int, count: int, store: Path | None = None) -> World:

@@ -1,0 +1,152 @@
+"""The tiny Qwen-Image-Edit: its tokenizer, what its encoder is trained on, the folder that the stock pipelines load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import QwenImageEditPipeline, QwenImageEditPlusPipeline
+from diffusers.modular_pipelines.qwenimage import prompt_templates
+from PIL import Image
+from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+
+from shapes import edit_stages, edits, finetune
+from shapes import edit_text as et
+from shapes.flow_models import FlowRecipe
+from shapes.stage import Paths
+from shapes.text_encoders import CLASSES, Heads
+from shapes.tokenizer import new_qwen_edit_tokenizer, new_qwen_tokenizer
+
+CHECKPOINTS = Path(__file__).parent.parent / "checkpoints"
+RECIPE = edit_stages.QWEN_EDIT_TEXT
+
+
+@pytest.fixture(scope="module")
+def encoder() -> Qwen2_5_VLForConditionalGeneration:
+    """Untrained for edits."""
+    torch.manual_seed(0)
+    captions = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        CHECKPOINTS / "tiny-qwen-image" / "text_encoder", torch_dtype=torch.float32
+    )
+    return et.new_edit_encoder(RECIPE, new_qwen_edit_tokenizer(), captions).eval()
+
+
+@pytest.fixture(scope="module")
+def folder(encoder, tmp_path_factory) -> Path:
+    """The assembled pipeline, which edits nothing yet."""
+    paths = Paths(CHECKPOINTS, tmp_path_factory.mktemp("work"))
+    encoder.save_pretrained(edit_stages.part(paths, "qwen-edit-text"))
+    edit_stages.assemble(paths, paths.work / "pipeline")
+    return paths.work / "pipeline"
+
+
+# ------------------------------------------------------------------ tokenizer
+def test_words_of_instructions_are_one_token_each_and_heads_have_their_published_lengths():
+    tokenizer = new_qwen_edit_tokenizer()
+    for edit in edits.samples("train", 0, 300):
+        words = edit.instruction.replace(",", " ,").replace("1", "1 ").split()
+        spaces = sum(edit.instruction.count(f" {digit}") for digit in "12")  # digits stand alone
+        assert len(tokenizer(edit.instruction).input_ids) == len(words) + spaces, edit.instruction
+    assert len(tokenizer(et.HEAD).input_ids) == et.CUT == 64
+    assert tokenizer.tokenize("Picture 1: ")[0] == "Picture"
+    assert len(tokenizer(prompt_templates.QWENIMAGE_PROMPT_TEMPLATE.split("{}")[0]).input_ids) == 34
+
+
+def test_the_committed_qwen_image_keeps_its_tokenizer():
+    committed = AutoTokenizer.from_pretrained(CHECKPOINTS / "tiny-qwen-image" / "tokenizer")
+    assert committed.get_vocab() == new_qwen_tokenizer().get_vocab()
+
+
+# ------------------------------------------------------------------ encoder
+def test_a_new_encoder_knows_the_words_that_it_knew(encoder):
+    captions = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        CHECKPOINTS / "tiny-qwen-image" / "text_encoder", torch_dtype=torch.float32
+    )
+    before, after = new_qwen_tokenizer(), new_qwen_edit_tokenizer()
+    text = "a small red circle on a grey background"
+    told = [torch.tensor([tokenizer(text).input_ids]) for tokenizer in (before, after)]
+    assert told[0].shape == told[1].shape
+    with torch.no_grad():
+        states = [model(input_ids=ids, output_hidden_states=True).hidden_states[-1]
+                  for model, ids in zip((captions, encoder), told)]  # fmt: skip
+    torch.testing.assert_close(*states)
+
+
+@pytest.mark.parametrize(("sources", "plain"), [(1, False), (1, True), (2, False)])
+def test_states_are_those_of_the_stock_pipeline_that_is_told_where_pictures_are(encoder, folder, sources, plain):
+    """Rows of different lengths at once, the head read once: the pipeline encodes each row alone, and whole."""
+    processor = et.new_processor(RECIPE, new_qwen_edit_tokenizer())
+    made, pictures = et.drawn("heldout", 1, 4, sources)
+    told = et.tell(encoder, processor, made, pictures, plain)
+    with torch.no_grad():
+        states = et.states(encoder, processor, told, torch.arange(4))
+    pipeline = (QwenImageEditPipeline if plain else QwenImageEditPlusPipeline).from_pretrained(
+        folder, torch_dtype=torch.float32, text_encoder=None
+    )
+    pipeline.register_modules(text_encoder=encoder)
+    hook = et.tell_token_types(encoder)
+    try:
+        for row, edit in enumerate(made):
+            shown = [Image.fromarray(one.permute(1, 2, 0).numpy()) for one in pictures[row]]
+            expected, _ = pipeline._get_qwen_prompt_embeds(edit.instruction, shown, torch.device("cpu"), torch.float32)
+            end = int(told.ends[row])
+            torch.testing.assert_close(states[row, et.CUT : end], expected[0], rtol=1e-4, atol=1e-4)
+    finally:
+        hook.remove()
+    assert (told.ids[torch.arange(4)[:, None], told.seen_at] == encoder.config.vision_end_token_id).all()
+    assert told.ids[torch.arange(4), told.whole_from].tolist() == [encoder.config.text_config.eos_token_id] * 4
+
+
+def test_attributes_that_no_row_has_cost_nothing():
+    torch.manual_seed(0)
+    heads, hidden = Heads(8), torch.randn(3, 8)
+    labels = torch.zeros(3, len(CLASSES), dtype=torch.long)
+    labels[:, 5:] = -100
+    loss = heads.loss(hidden, labels)
+    logits = heads(hidden)
+    expected = torch.stack([torch.nn.functional.cross_entropy(one, labels[:, i]) for i, one in enumerate(logits[:5])])
+    torch.testing.assert_close(loss, expected.mean())
+
+
+# ------------------------------------------------------------------ folder and stages
+def test_the_folder_is_small_and_starts_as_qwen_image(folder):
+    assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) <= 6_000_000
+    for part in ("vae", "transformer"):
+        name = f"{part}/diffusion_pytorch_model.safetensors"
+        assert (folder / name).read_bytes() == (CHECKPOINTS / "tiny-qwen-image" / name).read_bytes()
+
+
+@pytest.mark.parametrize("sources", [1, 2])
+def test_the_stock_pipeline_edits_at_the_size_of_this_world(folder, sources, monkeypatch):
+    monkeypatch.setattr(edit_stages, "STEPS", 2)
+    (edit, *_), pictures = et.drawn("heldout", 2, 1, sources)
+    shown = [one.permute(1, 2, 0).numpy() for one in pictures[0]]
+    pipeline = edit_stages.load_editor(folder)
+    image = edit_stages.edit_with(pipeline, shown, edit.instruction, cfg=2.0, seed=0)
+    assert image.shape == (3, 64, 64)
+    assert torch.isfinite(image).all()
+    assert edit_stages.stock.VAE_IMAGE_SIZE == 1024**2  # as it was
+    other = edit_stages.edit_with(pipeline, [255 - one for one in shown], edit.instruction, cfg=2.0, seed=0)
+    assert not torch.equal(image, other)
+
+
+def test_the_transformer_is_trained_on_edits_by_the_trainer(tmp_path, monkeypatch):
+    commands: list[list[str]] = []
+    monkeypatch.setattr(finetune.subprocess, "run", lambda command, check, env=None: commands.append(command))
+    monkeypatch.setattr(edit_stages, "assemble", lambda paths, folder: None)
+    monkeypatch.setattr(finetune, "install", lambda trained, folder, kind: None)
+    monkeypatch.setattr(edit_stages, "editor_quality", lambda folder: {})
+    monkeypatch.setattr(
+        edit_stages,
+        "QWEN_EDIT",
+        FlowRecipe("qwen_image_edit_plus", 0, width=8, heads=1, layers=1, legs=(10,), pictures=5),
+    )
+    edit_stages.make_edit_pipeline(Paths(tmp_path / "out", tmp_path), "run")
+    render, train = commands
+    assert render[2:5] == ["shapes.edits", "render", "--split"]
+    table = f"{render[render.index('--out') + 1]}/metadata.json"
+    flags = dict(zip(train[4::2], train[5::2]))
+    assert flags["--data-path-train"] == table
+    assert flags["--model-family"] == "qwen_image_edit_plus"
+    assert (flags["--source-size"], flags["--source-seen-size"], flags["--resolution"]) == ("64", "64", "64")
