@@ -7,6 +7,7 @@ Shapes: tokens (B, L, D) without the template's head; a source's latents (B, N, 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -54,14 +55,18 @@ class QwenImageEdit(QwenImage):
 
         Rows share the sizes of their sources, in order.  Raises ValueError where they do not.
         """
-        rows = list(sources) or [()] * len(prompts)
-        cond = self._told(prompts, rows)
+        rows, count = list(sources) or [()] * len(prompts), len(prompts)
+        if negative is None:
+            told, away = self._states(prompts, rows), None
+        else:
+            states = self._states([*prompts, *[negative] * count], rows * 2)
+            told, away = states[:count], _joined(states[count:])
+        cond = _joined(told)
         context, shapes = self._context(rows, cond.tokens.dtype)
-        away = None if negative is None else self._told([negative] * len(prompts), rows)
-        return Cond(cond.tokens, mask=cond.mask, negative=away, context=context, shapes=shapes)
+        return replace(cond, negative=away, context=context, shapes=shapes)
 
-    def _told(self, prompts: Sequence[str], rows: Sequence[Sequence[Source]]) -> Cond:
-        """What the pipeline's ``encode_prompt`` makes of each row alone, in one call of the encoder."""
+    def _states(self, prompts: Sequence[str], rows: Sequence[Sequence[Source]]) -> list[Tensor]:
+        """(L, D) a row: what the pipeline's ``encode_prompt`` makes of it alone, in one call of the encoder for all."""
         pipe = self.pipe
         texts = [self._text(prompt, len(row)) for prompt, row in zip(prompts, rows, strict=True)]
         seen = [_picture(source) for source in chain.from_iterable(rows)] or None
@@ -71,9 +76,8 @@ class QwenImageEdit(QwenImage):
             image_grid_thw=told.get("image_grid_thw"), output_hidden_states=True,
         )  # fmt: skip
         head = pipe.prompt_template_encode_start_idx
-        states = [s[head:] for s in pipe._extract_masked_hidden(out.hidden_states[-1], told["attention_mask"])]
-        tokens, mask = joined_tokens([(s[None], None) for s in states])
-        return Cond(tokens.to(pipe.text_encoder.dtype), mask=mask)
+        states = pipe._extract_masked_hidden(out.hidden_states[-1], told["attention_mask"])
+        return [state[head:].to(pipe.text_encoder.dtype) for state in states]
 
     def _text(self, prompt: str, num_sources: int) -> str:
         if num_sources != 1:
@@ -106,6 +110,11 @@ class QwenImageEditPlus(QwenImageEdit):
     def _text(self, prompt: str, num_sources: int) -> str:
         pictures = "".join(QWENIMAGE_EDIT_PLUS_IMG_TEMPLATE.format(i + 1) for i in range(num_sources))
         return self.pipe.prompt_template_encode.format(pictures + prompt)
+
+
+def _joined(states: Sequence[Tensor]) -> Cond:
+    tokens, mask = joined_tokens([(state[None], None) for state in states])
+    return Cond(tokens, mask=mask)
 
 
 def _picture(source: Source) -> Image.Image:
