@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -53,3 +54,25 @@ def picture(width: int, height: int, seed: int) -> Image.Image:
     rng = np.random.default_rng(seed)
     small = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
     return small.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def save_edits(folder: Path, *, several: bool, count: int = 6) -> Path:
+    """metadata.json in the seed format: rows of one source, and of two where ``several``; sources of two shapes."""
+    rows = []
+    for i in range(count):
+        names = [f"source/{i}_{k}.png" for k in range(2 if several and i % 2 else 1)]
+        for k, name in enumerate(names):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            picture(*((96, 48) if k else (64, 64)), 10 * i + k).save(folder / name)
+        (folder / "target").mkdir(exist_ok=True)
+        picture(64, 64, 100 + i).save(folder / f"target/{i}.png")
+        told = f"make the {('circle', 'large green square')[i % 2]} blue"
+        rows.append({"file_path": f"target/{i}.png", "source_file_path": names, "text": told, "type": "image"})
+    table = folder / "metadata.json"
+    table.write_text(json.dumps(rows), encoding="utf-8")
+    return table
+
+
+def brightness(images: torch.Tensor, prompts: list[str], sources: list[list[torch.Tensor]]) -> torch.Tensor:
+    """A scorer of edits: how much brighter than its first source each image is."""
+    return torch.stack([image.mean() - row[0].mean() for image, row in zip(images, sources, strict=True)])

@@ -19,11 +19,12 @@ from torch import nn
 from train_t2i.__main__ import main
 from train_t2i.base_quant import BLOCK, CODE_BYTES, SCALE_BYTES, quantized_layers
 from train_t2i.cli import parse
-from train_t2i.config import BASE_QUANTS, METHOD_NAMES, Config, Settings
+from train_t2i.config import BASE_QUANTS, FAMILY_NAMES, METHOD_NAMES, Config, Settings
 from train_t2i.errors import EXIT_DONE, EXIT_USER, UserError
 from train_t2i.families import load_family
 from train_t2i.families.published import FIRST_OF, PUBLISHED
 from train_t2i.plan import MODELS, ledger, parse_plan, rehearsed
+from train_t2i.plan import main as plan_main
 from train_t2i.plan.estimate import CONTEXT_BYTES, FRAGMENTATION, GB, NETWORK_BYTES, Lever, estimate, levers
 from train_t2i.plan.ledger import Ledger, Peak, like_a_gpu
 from train_t2i.plan.model import count_encoder, empty_family, published_of
@@ -52,7 +53,10 @@ KNOWN: dict[str, tuple[int, dict[str, int], int]] = {
     "sd35_medium": (2_243_171_520, {"JointTransformerBlock": 24}, (8 * 24 - 2 + 13 * 4) * 2 * 1536),
     "sd35_large": (8_056_627_520, {"JointTransformerBlock": 38}, (8 * 38 - 2) * 2 * 2432),
     "flux_dev": (11_901_408_320, {"FluxTransformerBlock": 19, "FluxSingleTransformerBlock": 38}, 4_085_760),
-    "qwen_image": (20_430_401_088, {"QwenImageTransformerBlock": 60}, 6_592_512),
+    **dict.fromkeys(
+        ("qwen_image", "qwen_image_edit", "qwen_image_edit_2509", "qwen_image_edit_2511"),
+        (20_430_401_088, {"QwenImageTransformerBlock": 60}, 6_592_512),
+    ),
 }
 ENCODERS = {  # CLIP-L bare and projected, CLIP-G, T5-XXL's encoder, Qwen2.5-VL-7B
     "sdxl": [123_060_480, 694_659_840],
@@ -86,7 +90,31 @@ def test_the_published_text_encoders_have_their_sizes(name: str) -> None:
 
 def test_every_published_model_can_be_named() -> None:
     assert tuple(PUBLISHED) == MODELS
-    assert {name: PUBLISHED[first].family for name, first in FIRST_OF.items()} == {name: name for name in FAMILIES}
+    assert {name: PUBLISHED[first].family for name, first in FIRST_OF.items()} == {name: name for name in FAMILY_NAMES}
+
+
+def test_sources_take_memory_as_tokens() -> None:
+    """A source of the target's own size doubles the image tokens, and the activations by about as much."""
+
+    def activations(flags: str) -> int:
+        config, settings = parse_plan(
+            f"--resolution 512 --source-size 512 --use-lora-gen --batch-size 1 {flags}".split()
+        )
+        _, published = published_of(settings.run, config.model)
+        run = replace(settings.run, model_family=published.family)
+        published = replace(published, num_sources=config.num_sources)
+        return max(peak.activations for peak in rehearsed(replace(settings, run=run), published, 1).updates.values())
+
+    alone, one, two = (activations(f"--model qwen_image_edit_2509 --num-sources {n} --cfg-r 1") for n in (0, 1, 2))
+    # 1024 noisy tokens, 512 of text; a source adds 1024, and 196 that the encoder saw
+    assert one / alone == pytest.approx((1024 + 512 + 1024 + 196) / (1024 + 512), rel=0.1)
+    assert two - one == pytest.approx(one - alone, rel=0.02)
+    for flags, told in (
+        ("--model qwen_image --num-sources 2", "--num-sources does nothing for qwen_image"),
+        ("--model qwen_image_edit --num-sources 2", "--num-sources 2: qwen_image_edit takes 1 to 1"),
+    ):
+        with pytest.raises(UserError, match=told):
+            plan_main(flags.split())
 
 
 def test_which_model_is_meant(sdxl_folder: Path) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from train_t2i.cli import parse_verb
-from train_t2i.config import Config, fields_of, flag
+from train_t2i.config import EDIT_FAMILIES, Config, fields_of, flag
 from train_t2i.errors import EXIT_DISK, EXIT_DONE, EXIT_PREEMPTED, UserError
 from train_t2i.shares import Share, cannot_be_written, locked
 
@@ -273,6 +273,8 @@ def main(arguments: Sequence[str]) -> int:
         mixed_precision=config.mixed_precision,
     )  # fmt: skip
     check_family_flags(run, family)
+    if family in EDIT_FAMILIES:
+        raise UserError(f"{family} reads its texts beside their sources: there is nothing to cache", "train without")
     folder, share = Path(config.out) if config.out else default_out(family), Share.of_environment()
     try:
         with locked(folder, share):

@@ -142,7 +142,8 @@ class StoredPairs(Pairs):
         self.shard_size: int = size
         self.starts = read_starts(rows, wanted.max_row_steps)
         self.reads_images = (wanted.rows.sources or (0, 0))[1] > 0
-        self.rows = load_rows(rows, replace(wanted.rows, targets=False)) if self.reads_images else []
+        root = wanted.rows.root if wanted.rows.root is not None else ""  # the verb writes whole paths
+        self.rows = load_rows(rows, replace(wanted.rows, targets=False, root=root)) if self.reads_images else []
         with self._shard(0) as file:
             if wanted.states and "states" not in file.keys():  # noqa: SIM118 - no mapping
                 raise UserError(f"--states-weight: {path} has no states of its teacher", "make the pairs with --states")

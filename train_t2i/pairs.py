@@ -18,21 +18,23 @@ import hashlib
 import io
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from train_t2i import storage
+from train_t2i import build, storage
 from train_t2i.cli import parse_verb
-from train_t2i.config import Config, flag
+from train_t2i.config import FAMILY_NAMES, Config, DirectConfig, Settings, flag
 from train_t2i.data import Order
 from train_t2i.errors import EXIT_DONE, UserError
+from train_t2i.feed import dataset_for, sources_of
+from train_t2i.image_data import Images, Rows
 from train_t2i.log import to_pil
 from train_t2i.pair_data import COLUMNS, SETTINGS, TABLE, read_settings, shard_path
-from train_t2i.prompts import load_prompts
+from train_t2i.rows import SOURCES
 from train_t2i.shares import Share, cannot_be_written, locked
 from train_t2i.student import ImageModel, load_teacher
 from train_t2i.text_key import denoiser_digest
@@ -48,7 +50,9 @@ class PairsConfig:
     out: str = flag("pairs", "folder to write")
     pretrained_model: str = flag("stabilityai/stable-diffusion-xl-base-1.0", "teacher")
     vae: str | None = flag(None, "VAE to use instead of the model's own")
-    data_path_train: str = flag("t2i-2m-filtered-prompts.txt", "prompts")
+    data_path_train: str = flag(
+        "t2i-2m-filtered-prompts.txt", "prompts; of an edit model: image table with source_file_path and text"
+    )
     count: int = flag(10_000, "pairs in all", low=1)
     num_inference_steps: int = flag(25, "teacher steps", low=1, high=1000)
     cfg_scale: float = flag(7.0, "teacher guidance; 1: none", low=1)
@@ -60,6 +64,9 @@ class PairsConfig:
     shard_size: int = flag(256, "rows a file", low=1)
     mixed_precision: str = flag("fp16", "number format of the network calls", choices=("no", "fp16", "bf16"))
     text_length: int = flag(0, "tokens of the longest text; 0: the pipeline's own", low=0)
+    model_family: str = flag("auto", "architecture; auto reads model_index.json", choices=("auto", *FAMILY_NAMES))
+    source_size: int = flag(1024, "of an edit model, as of train", low=32)
+    source_seen_size: int = flag(384, "likewise", low=32)
     guidance_embed: float = flag(3.5, "what a guidance-distilled teacher (FLUX.1-dev) is told", low=0)
     seed: int = flag(30, "seed of the order of prompts and of the first row", low=0, high=2**62)
     images: bool = flag(False, "write the decoded images too")
@@ -70,21 +77,43 @@ def batches(rows: range, size: int) -> Iterator[range]:
         yield range(first, min(first + size, rows.stop))
 
 
-def rendered(config: PairsConfig, model: ImageModel, prompts: Sequence[str], rows: range) -> dict[str, Tensor]:
+@dataclass(frozen=True)
+class Asked:
+    """What the rows of the folder are made from: those of the data, in an order of the seed."""
+
+    data: Rows
+    rows: Sequence[int]  # of the data
+
+    def prompt(self, row: int) -> str:
+        return self.data.prompt(self.rows[row])
+
+    def source_files(self, row: int) -> list[str]:
+        data = self.data
+        return [str(path.resolve()) for path in data.rows[self.rows[row]].sources] if isinstance(data, Images) else []
+
+    def digest(self) -> str:
+        """The same for the same prompts (and sources) in the same order, whatever file they came from."""
+        lines = ("\t".join([self.prompt(row), *self.source_files(row)]) for row in range(len(self.rows)))
+        return hashlib.blake2b("\n".join(lines).encode(), digest_size=16).hexdigest()
+
+
+def rendered(config: PairsConfig, model: ImageModel, asked: Asked, rows: range) -> dict[str, Tensor]:
     """Name of a tensor -> (n, ...) on the model's device, for the rows of a batch."""
-    texts, seeds = [prompts[row] for row in rows], [config.seed + row for row in rows]
+    texts, seeds = [asked.prompt(row) for row in rows], [config.seed + row for row in rows]
+    edits = isinstance(asked.data, Images)
+    sources = sources_of(asked.data, [asked.rows[row] for row in rows]) if edits else []
     if not config.states:
-        return {"latents": model.latents(texts, seeds)}
-    *states, latents = model.states(texts, seeds, model.family.path.grid(config.student_num_steps))
+        return {"latents": model.latents(texts, seeds, sources)}
+    *states, latents = model.states(texts, seeds, model.family.path.grid(config.student_num_steps), sources)
     return {"latents": latents, "states": torch.stack(states, dim=1)}
 
 
-def write_shard(config: PairsConfig, model: ImageModel, prompts: Sequence[str], rows: range, bar: tqdm) -> None:
+def write_shard(config: PairsConfig, model: ImageModel, asked: Asked, rows: range, bar: tqdm) -> None:
     """One file of latents, complete or absent, after its images."""
     folder = Path(config.out)
     parts = []
     for batch in batches(rows, config.batch_size):
-        made = rendered(config, model, prompts, batch)
+        made = rendered(config, model, asked, batch)
         if config.images:
             for row, image in zip(batch, model.family.decode(made["latents"]), strict=True):
                 to_pil(image).save(folder / "images" / f"{row:08d}.png")
@@ -99,47 +128,44 @@ def write_shard(config: PairsConfig, model: ImageModel, prompts: Sequence[str], 
     storage.rename(temporary, path)
 
 
-def write_metadata(config: PairsConfig, prompts: Sequence[str], model: ImageModel) -> None:
+def write_metadata(config: PairsConfig, asked: Asked, model: ImageModel) -> None:
     """The table, once every file is there."""
     height, width = model.settings.size_px
     digest = denoiser_digest(config.pretrained_model, model.family.denoiser_name) or ""
     teacher = (config.num_inference_steps, config.cfg_scale, digest)
     text = io.StringIO(newline="")
     writer = csv.writer(text)
-    writer.writerow(TOLD)
-    for row, prompt in enumerate(prompts):
+    edits = isinstance(asked.data, Images)
+    writer.writerow((*TOLD, SOURCES) if edits else TOLD)
+    for row in range(config.count):
         image = f"images/{row:08d}.png" if config.images else ""
         student = (config.seed + row, "cpu", config.student_num_steps, 1)
-        writer.writerow((image, prompt, *student, height, width, *teacher))
+        sources = (json.dumps(asked.source_files(row)),) if edits else ()
+        writer.writerow((image, asked.prompt(row), *student, height, width, *teacher, *sources))
     storage.write_atomically(Path(config.out) / TABLE, text.getvalue())
 
 
-def digest_of(prompts: Sequence[str]) -> str:
-    """The same for the same prompts in the same order, whatever file they came from."""
-    return hashlib.blake2b("\n".join(prompts).encode(), digest_size=16).hexdigest()
-
-
-def open_folder(config: PairsConfig, prompts: Sequence[str]) -> None:
+def open_folder(config: PairsConfig, asked: Asked) -> None:
     """Make the folder, or check that what is in it was begun with the same settings and prompts."""
     folder = Path(config.out)
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("out", "batch_size")}
     path = folder / SETTINGS
     (folder / "images" if config.images else folder).mkdir(parents=True, exist_ok=True)
     if not path.exists():
-        storage.write_atomically(path, json.dumps(settings | {DIGEST: digest_of(prompts)}, indent=1) + "\n")
+        storage.write_atomically(path, json.dumps(settings | {DIGEST: asked.digest()}, indent=1) + "\n")
         return
     then = read_settings(path)
     if changed := [key for key in settings if then.get(key) != settings[key]]:
         told = "; ".join(f"{key}: then {then.get(key)!r}, now {settings[key]!r}" for key in changed)
         raise UserError(f"--out {folder}: begun with other settings ({told})", "choose another --out")
-    if then.get(DIGEST) != digest_of(prompts):
+    if then.get(DIGEST) != asked.digest():
         raise UserError(
             f"--out {folder}: begun from {config.data_path_train} with other prompts than it has now",
             "choose another --out",
         )
 
 
-def render_all(config: PairsConfig, run: Config, prompts: Sequence[str], share: Share) -> None:
+def render_all(config: PairsConfig, run: Config, asked: Asked, share: Share) -> None:
     """This process's files, and the table by whoever finds them all."""
     folder = Path(config.out)
     shards = list(batches(range(config.count), config.shard_size))
@@ -150,9 +176,9 @@ def render_all(config: PairsConfig, run: Config, prompts: Sequence[str], share: 
             if shard_path(folder, shard).exists():
                 bar.update(len(rows))
             else:
-                write_shard(config, model, prompts, rows, bar)
+                write_shard(config, model, asked, rows, bar)
     if all(shard_path(folder, shard).exists() for shard in range(len(shards))):
-        write_metadata(config, prompts, model)
+        write_metadata(config, asked, model)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -164,15 +190,18 @@ def main(arguments: Sequence[str]) -> int:
     run = Config(
         pretrained_model=config.pretrained_model, vae=config.vae, resolution=config.resolution, shift=config.shift,
         mixed_precision=config.mixed_precision, text_length=config.text_length, guidance_embed=config.guidance_embed,
+        model_family=config.model_family, source_size=config.source_size, source_seen_size=config.source_seen_size,
+        data_path_train=config.data_path_train,
     )  # fmt: skip
-    lines = load_prompts(config.data_path_train)
-    order = Order(len(lines), config.seed)
-    prompts = [lines[order.index_at(row)] for row in range(config.count)]
+    settings = build.resolved(Settings(replace(run, method="direct"), DirectConfig()))
+    data = dataset_for("prompts", settings)
+    order = Order(len(data), config.seed)
+    asked = Asked(data, [order.index_at(row) for row in range(config.count)])
     share = Share.of_environment()
     try:
         with locked(Path(config.out), share):
-            open_folder(config, prompts)
-            render_all(config, run, prompts, share)
+            open_folder(config, asked)
+            render_all(config, run, asked, share)
     except OSError as error:
         raise cannot_be_written(config.out, error) from None
     return EXIT_DONE

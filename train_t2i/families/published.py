@@ -47,6 +47,7 @@ class Published:
     vae: Config
     encoders: tuple[tuple[str, Config], ...]
     scheduler: Config = field(default_factory=dict)
+    num_sources: int = 1  # of a row, for a family that edits
 
 
 def _sd3(repository: str, layers: int, **more: Any) -> Published:
@@ -57,6 +58,18 @@ def _sd3(repository: str, layers: int, **more: Any) -> Published:
     }  # fmt: skip
     encoders = (CLIP_L_PROJECTED, CLIP_G_PROJECTED, T5)
     return Published("sd3", f"stabilityai/{repository}", denoiser, VAE_16, encoders, {"shift": 3.0})
+
+
+QWEN_IMAGE: Config = {
+    "in_channels": 64, "out_channels": 16, "num_layers": 60, "attention_head_dim": 128, "num_attention_heads": 24,
+    "joint_attention_dim": 3584, "axes_dims_rope": (16, 56, 56),
+}  # fmt: skip
+
+
+def _qwen(family: str, repository: str, **more: Any) -> Published:
+    scheduler = {**DYNAMIC, "max_shift": 0.9, "max_image_seq_len": 8192, "shift_terminal": 0.02}
+    encoders = (("Qwen2_5_VLForConditionalGeneration", QWEN_2_5_VL_7B),)
+    return Published(family, f"Qwen/{repository}", {**QWEN_IMAGE, **more}, {}, encoders, scheduler)
 
 
 DYNAMIC: Config = {"use_dynamic_shifting": True, "base_shift": 0.5, "base_image_seq_len": 256}
@@ -80,14 +93,12 @@ PUBLISHED: dict[str, Published] = {
         {**VAE_16, "scaling_factor": 0.3611, "shift_factor": 0.1159}, (CLIP_L_TEXT, T5),
         {**DYNAMIC, "max_shift": 1.15, "max_image_seq_len": 4096, "shift": 3.0},
     ),
-    "qwen_image": Published(
-        "qwen_image", "Qwen/Qwen-Image",
-        {
-            "in_channels": 64, "out_channels": 16, "num_layers": 60, "attention_head_dim": 128,
-            "num_attention_heads": 24, "joint_attention_dim": 3584, "axes_dims_rope": (16, 56, 56),
-        },
-        {}, (("Qwen2_5_VLForConditionalGeneration", QWEN_2_5_VL_7B),),
-        {**DYNAMIC, "max_shift": 0.9, "max_image_seq_len": 8192, "shift_terminal": 0.02},
-    ),
+    "qwen_image": _qwen("qwen_image", "Qwen-Image"),
+    "qwen_image_edit": _qwen("qwen_image_edit", "Qwen-Image-Edit"),
+    "qwen_image_edit_2509": _qwen("qwen_image_edit_plus", "Qwen-Image-Edit-2509"),
+    "qwen_image_edit_2511": _qwen("qwen_image_edit_plus", "Qwen-Image-Edit-2511", zero_cond_t=True),
 }  # fmt: skip
-FIRST_OF = {"sdxl": "sdxl", "sd3": "sd3_medium", "flux": "flux_dev", "qwen_image": "qwen_image"}  # family -> model
+FIRST_OF = {  # family -> model
+    "sdxl": "sdxl", "sd3": "sd3_medium", "flux": "flux_dev", "qwen_image": "qwen_image",
+    "qwen_image_edit": "qwen_image_edit", "qwen_image_edit_plus": "qwen_image_edit_2509",
+}  # fmt: skip

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from train_t2i.cli import ALIASES, Parser, add_flags, parse, spelled
-from train_t2i.config import Settings, flag, resolved_layout
+from train_t2i.config import EDIT_FAMILIES, Settings, flag, resolved_layout, source_counts
 from train_t2i.config_checks import check_bounds
 from train_t2i.errors import EXIT_DONE, UserError
 
@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from train_t2i.families.published import Published
     from train_t2i.plan.rehearsal import Rehearsal
 
-MODELS = ("sdxl", "sd3_medium", "sd35_medium", "sd35_large", "flux_dev", "qwen_image")
+MODELS = (
+    "sdxl", "sd3_medium", "sd35_medium", "sd35_large", "flux_dev", "qwen_image", "qwen_image_edit", "qwen_image_edit_2509",
+    "qwen_image_edit_2511",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class PlanConfig:
     """What a run will take on each device.  All flags of train are taken too: see python -m train_t2i train --help."""
 
     model: str | None = flag(None, "published model to plan, instead of --pretrained-model", choices=MODELS)
+    num_sources: int = flag(1, "sources a row, square ones, of an edit model", low=0, high=3)
     num_processes: int = flag(1, "processes in all, one a device", low=1)
 
 
@@ -57,6 +61,8 @@ def main(arguments: Sequence[str]) -> int:
     name, published = published_of(settings.run, config.model)
     run, world = replace(settings.run, model_family=published.family), config.num_processes
     check_family_flags(run, published.family)
+    check_sources(config, published.family)
+    published = replace(published, num_sources=config.num_sources)
     found = rehearsed(replace(settings, run=run), published, world)
     plan = estimate(run, found, world)
     print("\n".join(page(name, run, resolved_layout(run), world, found, plan)), flush=True)
@@ -67,6 +73,16 @@ def main(arguments: Sequence[str]) -> int:
         turned.insert(0, Lever("--gradient-checkpointing (counted)", estimate(again, other, world)))
     print("\n".join(told_levers(plan, turned)))
     return EXIT_DONE
+
+
+def check_sources(config: PlanConfig, family: str) -> None:
+    if family not in EDIT_FAMILIES:
+        if config.num_sources != PlanConfig.num_sources:
+            raise UserError(f"--num-sources does nothing for {family}, which has none", "leave it out")
+        return
+    least, most = source_counts(family)
+    if not least <= config.num_sources <= most:
+        raise UserError(f"--num-sources {config.num_sources}: {family} takes {least} to {most}", "give one of these")
 
 
 def rehearsed(settings: Settings, published: Published, world: int) -> Rehearsal:

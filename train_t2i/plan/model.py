@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,13 +16,15 @@ import torch
 import transformers
 from torch import nn
 
-from train_t2i.config import Config, parse_resolution
+from train_t2i.config import EDIT_FAMILIES, Config, parse_resolution, seen_side
 from train_t2i.errors import UserError
 from train_t2i.families import FAMILIES, Cond, Family, FamilyOptions, family_of
 from train_t2i.families.loading import check_channels, told
 from train_t2i.families.published import FIRST_OF, PUBLISHED, Published
 
 META = torch.device("meta")
+SEEN_TOKEN_PX = 28  # side of the square that Qwen2.5-VL makes a token of
+LATENT_TOKEN_WIDTH = 64  # of a packed source
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ def told_of(model: str) -> Iterator[None]:
 
 def empty_family(found: Published, run: Config, dtype: torch.dtype) -> Shapes:
     """The trainer's family on meta tensors; its ``encode`` gives conditionings of the right shapes."""
-    if run.tiny_vae and found.family == "qwen_image":
+    if run.tiny_vae and found.family.startswith("qwen_image"):
         raise UserError("--tiny-vae: Qwen-Image has no tiny decoder", "leave it out")
     kind = FAMILIES[found.family]
     make = _empty_sdxl if found.family == "sdxl" else _empty_flow
@@ -109,8 +111,12 @@ def empty_family(found: Published, run: Config, dtype: torch.dtype) -> Shapes:
     if run.tiny_vae:
         family.tiny = _empty_tiny(run, family.latent_channels)
 
-    def encode(prompts: Sequence[str], negative: str | None = None) -> Cond:
-        made = partial(empty_cond, family, found.family, widths, len(prompts), dtype)
+    sources = [run.source_size] * found.num_sources if found.family in EDIT_FAMILIES else []
+
+    def encode(prompts: Sequence[str], negative: str | None = None, told: Sequence[Any] = ()) -> Cond:
+        made: Callable[[], Cond] = partial(empty_cond, family, found.family, widths, len(prompts), dtype)
+        if sources:
+            made = partial(empty_edit, made, sources, seen_side(run) or run.source_size)
         return made() if negative is None else replace(made(), negative=made())
 
     family.encode = encode
@@ -174,7 +180,9 @@ def cond_widths(found: Published) -> tuple[int, int | None]:
     if found.family == "sdxl":
         sizes = 6 * width("addition_time_embed_dim")  # size ids (B, 6)
         return width("cross_attention_dim"), width("projection_class_embeddings_input_dim") - sizes
-    return width("joint_attention_dim"), None if found.family == "qwen_image" else width("pooled_projection_dim")
+    return width("joint_attention_dim"), None if found.family.startswith("qwen_image") else width(
+        "pooled_projection_dim"
+    )
 
 
 def empty_cond(family: Any, name: str, widths: tuple[int, int | None], rows: int, dtype: torch.dtype) -> Cond:
@@ -186,6 +194,16 @@ def empty_cond(family: Any, name: str, widths: tuple[int, int | None], rows: int
         None if pooled is None else torch.empty(rows, pooled, dtype=dtype, device=META),
     )
     return family.told_guidance(cond, family.options.guidance) if name == "flux" else cond
+
+
+def empty_edit(text: Callable[[], Cond], sides_px: Sequence[int], seen_px: int) -> Cond:
+    """A conditioning with square sources: their latents, and behind the text the tokens that the encoder saw them as."""
+    cond, patch_px = text(), 16
+    rows, length, width = cond.tokens.shape
+    length += len(sides_px) * round(seen_px / SEEN_TOKEN_PX) ** 2
+    cells = [round(side / patch_px) for side in sides_px]
+    context = tuple(cond.tokens.new_empty(rows, n * n, LATENT_TOKEN_WIDTH) for n in cells)
+    return Cond(cond.tokens.new_empty(rows, length, width), context=context, shapes=tuple((1, n, n) for n in cells))
 
 
 def count_encoder(kind: str, config: dict[str, Any]) -> int:
