@@ -385,3 +385,9 @@ def test_a_stage_with_another_batch_starts_at_a_whole_one(trainer: Trainer, shap
         "second", f"{flags} --max-train-steps 4 --batch-size 3 --resume-ckpt {start} --max-bad-fraction 0.5", "sft"
     )
     assert [line["samples_seen"] for line in tiny.log_lines(second)] == [6, 9, 12]
+
+
+def test_what_auto_stands_for_decides_whether_a_flag_acts(trainer: Trainer):
+    ended = trainer.ends("run", "--num-workers 2")
+    assert ended.code == EXIT_USER
+    assert "--num-workers does nothing where the data is prompts alone" in ended.err

@@ -128,17 +128,18 @@ def _bad(rejects: Rejects | None, number: int, error: UserError) -> None:
 
 
 def _row(table: Path, number: int, record: Mapping[str, Any], rules: RowRules, resolve: _Root) -> Row:
-    place = place_of(table, number)
     kind = clean(record.get(TYPE), TYPE, table, number)
     if kind not in ("", "image"):
-        raise UserError(f"{place}: type is {short(kind)}; image models train on images", "drop the row")
+        raise UserError(
+            f"{place_of(table, number)}: type is {short(kind)}; image models train on images", "drop the row"
+        )
     prompt = prompt_of(record, table, number)
     sources = _source_names(record.get(SOURCES), table, number) if rules.sources else []
     if rules.sources and not rules.sources[0] <= len(sources) <= rules.sources[1]:
         least, most = rules.sources
         taken = "none" if most == 0 else f"{most}" if least == most else f"{least} to {most}"
         raise UserError(
-            f"{place}: {len(sources)} sources in {SOURCES}, the model takes {taken}",
+            f"{place_of(table, number)}: {len(sources)} sources in {SOURCES}, the model takes {taken}",
             "name them there, or choose another --model-family",
         )
     image = None
@@ -146,7 +147,8 @@ def _row(table: Path, number: int, record: Mapping[str, Any], rules: RowRules, r
         column = next((column for column in IMAGE_COLUMNS if column in record), IMAGE_COLUMNS[0])
         if not (name := clean(record.get(column), column, table, number)):
             raise UserError(
-                f"{place}: no image", f"the column {' or '.join(IMAGE_COLUMNS)} holds its path beside the table"
+                f"{place_of(table, number)}: no image",
+                f"the column {' or '.join(IMAGE_COLUMNS)} holds its path beside the table",
             )
         image = resolve(name, number)
     return Row(table, number, image, prompt, tuple(resolve(name, number) for name in sources))
