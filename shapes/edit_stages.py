@@ -22,7 +22,8 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from shapes import finetune
 from shapes.edit_oracle import edit_adherence, untouched
 from shapes.edit_pictures import draw
-from shapes.edit_text import QwenEditTextRecipe, new_processor, tell_token_types, train_edit_text
+from shapes.edit_rows import tell_token_types
+from shapes.edit_text import QwenEditTextRecipe, new_processor, train_edit_text
 from shapes.edits import KINDS
 from shapes.flow_models import FlowRecipe, scheduler
 from shapes.flow_stages import found, holder, loaded, part

@@ -9,13 +9,11 @@ Shapes: B edits, L tokens, P pictures of a batch, D width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers.modular_pipelines.qwenimage import prompt_templates as templates
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     DynamicCache,
     Qwen2_5_VLForConditionalGeneration,
@@ -24,17 +22,17 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
-from shapes.edit_pictures import draw
-from shapes.edits import KINDS, Edit
+from shapes.edit_rows import CUT, NAMED_CLASSES, Told, drawn, tell
+from shapes.edits import KINDS
 from shapes.long_text_encoders import new_qwen_vl
 from shapes.muon import mark_tables
 from shapes.parallel import fit
-from shapes.text_encoders import CLASSES, Heads, attributes
+from shapes.render import COLOUR_RGB
+from shapes.text_encoders import Heads
 from shapes.tokenizer import new_qwen_edit_tokenizer, new_qwen_tokenizer
 from shapes.world import batch_index, generator
 
-HEAD, TAIL = templates.QWENIMAGE_EDIT_PLUS_PROMPT_TEMPLATE.split("{}")
-CUT = templates.QWENIMAGE_EDIT_PLUS_PROMPT_TEMPLATE_START_IDX  # tokens of HEAD, which the pipelines cut off
+RGB_WEIGHT = 10.0  # of squared errors beside cross-entropies
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,7 @@ class QwenEditTextRecipe:
     vision_feed_forward: int = 80
     patch_px: int = 8
     edits: int = 6144
-    steps: int = 700
+    steps: int = 900
     batch_sizes: tuple[int, int] = (32, 16)  # edits of one source, of two
     learning_rate: float = 2e-3
     plain_every: int = 3  # every so many steps, edits of one source come in the plain pipeline's template
@@ -85,52 +83,32 @@ def new_edit_encoder(
     return encoder
 
 
-@dataclass(frozen=True)
-class Told:
-    """Edits of as many sources each, as the encoder reads them."""
+class Reader(nn.Module):
+    """Linear readers of a state: classes, and the colours of two objects as numbers.
 
-    pictures: Tensor  # (N, sources, 3, 64, 64) uint8
-    ids: Tensor  # (N, L)
-    mask: Tensor  # (N, L)
-    places: Tensor  # (3, N, L) M-RoPE
-    seen_at: Tensor  # (N, sources) where a picture has been seen
-    whole_from: Tensor  # (N,) where all of the text has been read
-    ends: Tensor  # (N,) one past the last token
-    wanted: Tensor  # (N, 9) kind and target scene, as class numbers
-    shown: Tensor  # (N, sources, 8) source scenes
+    A colour is a number so that what is learnt of colours in between holds for those that have names.
+    """
 
+    def __init__(self, width: int, classes: tuple[int, ...]) -> None:
+        super().__init__()
+        self.named = Heads(width, classes)
+        self.rgb = nn.Linear(width, 6)
 
-def texts_of(edits: Sequence[Edit], plain: bool = False) -> list[str]:
-    """What QwenImageEditPlusPipeline makes of instructions, or QwenImageEditPipeline (`plain`)."""
-    if plain:
-        return [templates.QWENIMAGE_EDIT_PROMPT_TEMPLATE.format(edit.instruction) for edit in edits]
-    numbers = [range(1, len(edit.sources) + 1) for edit in edits]
-    pictures = ["".join(map(templates.QWENIMAGE_EDIT_PLUS_IMG_TEMPLATE.format, each)) for each in numbers]
-    return [HEAD + prefix + edit.instruction + TAIL for prefix, edit in zip(pictures, edits)]
+    def loss(self, hidden: Tensor, labels: Tensor, rgb: Tensor) -> Tensor:
+        """hidden (B, D), labels (B, attributes), rgb (B, 2, 3) with NaN for no object."""
+        apart = self.rgb(hidden).view_as(rgb) - rgb.nan_to_num()
+        there = ~rgb.isnan()
+        return self.named.loss(hidden, labels) + RGB_WEIGHT * apart[there].square().mean()
 
+    def right(self, hidden: Tensor, labels: Tensor, rgb: Tensor) -> Tensor:
+        """(B,) bool: every attribute is read correctly; a colour is the nearest that has a name."""
+        table = torch.tensor(list(COLOUR_RGB.values()))
 
-def tell(encoder: Any, processor: Any, edits: Sequence[Edit], pictures: Tensor, plain: bool = False) -> Told:
-    """edits of as many sources each, pictures (N, sources, 3, 64, 64) uint8; `plain` as in ``texts_of``."""
-    read = processor(
-        text=texts_of(edits, plain), images=list(pictures.flatten(0, 1)), padding=True, return_tensors="pt"
-    )
-    ids, mask = read["input_ids"], read["attention_mask"]
-    kinds = (ids == encoder.config.image_token_id).int()
-    places, _ = encoder.model.get_rope_index(ids, kinds, read["image_grid_thw"], attention_mask=mask)
-    seen_at = (ids == encoder.config.vision_end_token_id).nonzero()[:, 1].view(len(edits), -1)
-    ends = mask.sum(1)
-    wanted = torch.tensor([[KINDS.index(edit.kind), *attributes(edit.target)] for edit in edits])
-    shown = torch.tensor([[attributes(scene) for scene in edit.sources] for edit in edits])
-    tail = len(processor.tokenizer(TAIL).input_ids)
-    return Told(pictures, ids, mask, places, seen_at, ends - tail, ends, wanted, shown)
+        def name(colours: Tensor) -> Tensor:
+            return torch.cdist(colours.reshape(-1, 3), table).argmin(1).view(-1, 2)
 
-
-def drawn(split: str, seed: int, count: int, sources: int) -> tuple[list[Edit], Tensor]:
-    """Edits of so many sources and the pictures of these, (N, sources, 3, 64, 64) uint8."""
-    kinds = tuple(kind for kind in KINDS if (kind == "compose") == (sources == 2))
-    made = [draw(split, seed, index, kinds) for index in range(count)]
-    pictures = [torch.stack([torch.from_numpy(picture).permute(2, 0, 1) for picture in shown]) for _, shown, _ in made]
-    return [edit for edit, _, _ in made], torch.stack(pictures)
+        same = name(self.rgb(hidden).view_as(rgb)) == name(rgb.nan_to_num())
+        return self.named.right(hidden, labels) & (same | rgb.isnan().any(-1)).all(1)
 
 
 def states(encoder: Any, processor: Any, told: Told, index: Tensor) -> Tensor:
@@ -138,7 +116,7 @@ def states(encoder: Any, processor: Any, told: Told, index: Tensor) -> Tensor:
 
     The head of the template is the same in every row and sees nothing that follows: it is read once.
     """
-    read = processor.image_processor(list(told.pictures[index].flatten(0, 1)), return_tensors="pt")
+    read = processor.image_processor(list(told.rows.pictures[index].flatten(0, 1)), return_tensors="pt")
     length = int(told.ends[index].max())
     head = encoder.model.language_model(
         input_ids=told.ids[:1, :CUT], position_ids=told.places[:, :1, :CUT], use_cache=True
@@ -164,20 +142,19 @@ def train_edit_text(
     processor, encoder = new_processor(recipe, tokenizer), new_edit_encoder(recipe, tokenizer, captions)
     encoder.train().requires_grad_(True)
     mark_tables(encoder)
-    wants, shows = Heads(recipe.width, (len(KINDS), *CLASSES)), Heads(recipe.width)
-    one, two = (drawn("train", recipe.seed, recipe.edits, sources) for sources in (1, 2))
+    wants, shows = Reader(recipe.width, (len(KINDS), *NAMED_CLASSES)), Reader(recipe.width, NAMED_CLASSES)
+    one, two = (drawn("train", recipe.seed, recipe.edits, sources, free=True) for sources in (1, 2))
     named, plain, pairs = (
-        tell(encoder, processor, *one), tell(encoder, processor, *one, plain=True), tell(encoder, processor, *two)
+        tell(encoder, processor, one), tell(encoder, processor, one, plain=True), tell(encoder, processor, two)
     )  # fmt: skip
 
     def loss(part: tuple[Told, Tensor, torch.Generator]) -> Tensor:
-        rows_told, index, g = part
-        hidden, rows = states(encoder, processor, rows_told, index), torch.arange(len(index))
-        first, end = rows_told.whole_from[index], rows_told.ends[index]
+        told, index, g = part
+        hidden, rows = states(encoder, processor, told, index), torch.arange(len(index))
+        first, end = told.whole_from[index], told.ends[index]
         some = first + ((end - first) * torch.rand(len(index), generator=g)).long()
-        wanted = sum(wants.loss(hidden[rows, at], rows_told.wanted[index]) for at in (first, some))
-        seen = hidden[rows[:, None], rows_told.seen_at[index]]
-        return wanted + shows.loss(seen.flatten(0, 1), rows_told.shown[index].flatten(0, 1))
+        wanted = [wants.loss(hidden[rows, at], told.wanted[index], told.rows.wanted_rgb[index]) for at in (first, some)]
+        return wanted[0] + wanted[1] + shows.loss(*_seen(hidden, told, index))
 
     def parts(step: int) -> list[tuple[Told, Tensor, torch.Generator]]:
         single = plain if step % recipe.plain_every == 0 else named
@@ -192,29 +169,22 @@ def train_edit_text(
     return encoder, measure(encoder, processor, wants, shows)
 
 
+def _seen(hidden: Tensor, told: Told, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """States at the end of all pictures of some rows, and what these show."""
+    at = hidden[torch.arange(len(index))[:, None], told.seen_at[index]]
+    return at.flatten(0, 1), told.shown[index].flatten(0, 1), told.rows.shown_rgb[index].flatten(0, 1)
+
+
 @torch.no_grad()
-def measure(encoder: Any, processor: Any, wants: Heads, shows: Heads, count: int = 300) -> dict[str, float]:
+def measure(encoder: Any, processor: Any, wants: Reader, shows: Reader, count: int = 300) -> dict[str, float]:
     """Share of held-out edits of which the heads read all, from one source and from two."""
     scores = {}
     for sources, plain, name in ((1, False, "one source"), (1, True, "one source, plain"), (2, False, "two sources")):
-        told = tell(encoder, processor, *drawn("heldout", 0, count, sources), plain)
-        hidden, rows = states(encoder, processor, told, torch.arange(count)), torch.arange(count)
-        wanted = wants.right(hidden[rows, told.whole_from], told.wanted)
-        shown = shows.right(hidden[rows[:, None], told.seen_at].flatten(0, 1), told.shown.flatten(0, 1))
+        told = tell(encoder, processor, drawn("heldout", 0, count, sources), plain)
+        index = torch.arange(count)
+        hidden = states(encoder, processor, told, index)
+        wanted = wants.right(hidden[index, told.whole_from], told.wanted, told.rows.wanted_rgb)
+        shown = shows.right(*_seen(hidden, told, index))
         scores[f"last state tells the target, {name}"] = wanted.float().mean().item()
         scores[f"last state tells the source, {name}"] = shown.float().mean().item()
     return scores
-
-
-def tell_token_types(encoder: Any) -> Any:
-    """Have an encoder that a stock pipeline calls number the tokens of pictures by row and column, as it was trained.
-
-    Returns the hook, which can be removed.
-    """
-
-    def told(module: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        if named.get("image_grid_thw") is None:
-            return arguments, named
-        return arguments, named | {"mm_token_type_ids": (named["input_ids"] == module.config.image_token_id).int()}
-
-    return encoder.register_forward_pre_hook(told, with_kwargs=True)

@@ -11,9 +11,11 @@ from diffusers.modular_pipelines.qwenimage import prompt_templates
 from PIL import Image
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
-from shapes import edit_stages, edits, finetune
+from shapes import edit_rows as er
+from shapes import edit_stages, edits, finetune, scenes
 from shapes import edit_text as et
 from shapes.flow_models import FlowRecipe
+from shapes.render import COLOUR_RGB
 from shapes.stage import Paths
 from shapes.text_encoders import CLASSES, Heads
 from shapes.tokenizer import new_qwen_edit_tokenizer, new_qwen_tokenizer
@@ -48,7 +50,7 @@ def test_words_of_instructions_are_one_token_each_and_heads_have_their_published
         words = edit.instruction.replace(",", " ,").replace("1", "1 ").split()
         spaces = sum(edit.instruction.count(f" {digit}") for digit in "12")  # digits stand alone
         assert len(tokenizer(edit.instruction).input_ids) == len(words) + spaces, edit.instruction
-    assert len(tokenizer(et.HEAD).input_ids) == et.CUT == 64
+    assert len(tokenizer(er.HEAD).input_ids) == er.CUT == 64
     assert tokenizer.tokenize("Picture 1: ")[0] == "Picture"
     assert len(tokenizer(prompt_templates.QWENIMAGE_PROMPT_TEMPLATE.split("{}")[0]).input_ids) == 34
 
@@ -77,25 +79,57 @@ def test_a_new_encoder_knows_the_words_that_it_knew(encoder):
 def test_states_are_those_of_the_stock_pipeline_that_is_told_where_pictures_are(encoder, folder, sources, plain):
     """Rows of different lengths at once, the head read once: the pipeline encodes each row alone, and whole."""
     processor = et.new_processor(RECIPE, new_qwen_edit_tokenizer())
-    made, pictures = et.drawn("heldout", 1, 4, sources)
-    told = et.tell(encoder, processor, made, pictures, plain)
+    drawn = er.drawn("heldout", 1, 4, sources)
+    told = er.tell(encoder, processor, drawn, plain)
     with torch.no_grad():
         states = et.states(encoder, processor, told, torch.arange(4))
     pipeline = (QwenImageEditPipeline if plain else QwenImageEditPlusPipeline).from_pretrained(
         folder, torch_dtype=torch.float32, text_encoder=None
     )
     pipeline.register_modules(text_encoder=encoder)
-    hook = et.tell_token_types(encoder)
+    hook = er.tell_token_types(encoder)
     try:
-        for row, edit in enumerate(made):
-            shown = [Image.fromarray(one.permute(1, 2, 0).numpy()) for one in pictures[row]]
+        for row, edit in enumerate(drawn.edits):
+            shown = [Image.fromarray(one.permute(1, 2, 0).numpy()) for one in drawn.pictures[row]]
             expected, _ = pipeline._get_qwen_prompt_embeds(edit.instruction, shown, torch.device("cpu"), torch.float32)
             end = int(told.ends[row])
-            torch.testing.assert_close(states[row, et.CUT : end], expected[0], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(states[row, er.CUT : end], expected[0], rtol=1e-4, atol=1e-4)
     finally:
         hook.remove()
     assert (told.ids[torch.arange(4)[:, None], told.seen_at] == encoder.config.vision_end_token_id).all()
     assert told.ids[torch.arange(4), told.whole_from].tolist() == [encoder.config.text_config.eos_token_id] * 4
+
+
+def test_free_colours_are_no_held_out_pair_and_are_what_is_shown():
+    count = 200
+    rows, plain = er.drawn("train", 1, count, 1, free=True), er.drawn("train", 1, count, 1)
+    assert [edit.instruction for edit in rows.edits] == [edit.instruction for edit in plain.edits]
+    freed = (rows.shown_rgb - plain.shown_rgb).nan_to_num().abs().amax((1, 2, 3)) > 0
+    assert 0.3 < freed.float().mean() < 0.6
+    assert torch.equal(rows.pictures[~freed], plain.pictures[~freed])
+    for row, edit in enumerate(rows.edits):
+        shown = zip((*edit.sources[0].things, *edit.target.things), (*rows.shown_rgb[row, 0], *rows.wanted_rgb[row]))
+        for thing, rgb in shown:
+            for shape, colour in scenes.HELD_OUT_PAIRS:
+                near = torch.dist(rgb, torch.tensor(COLOUR_RGB[colour])) < 0.25
+                assert not (thing.shape == shape and near), (edit, rgb)
+        if freed[row] and edit.kind == "recolour":
+            new = er.parse(edit.instruction)[1]["colour"]
+            assert (rows.wanted_rgb[row] == torch.tensor(COLOUR_RGB[new])).all(-1).any()
+
+
+def test_colours_are_read_as_numbers_and_judged_by_name():
+    torch.manual_seed(0)
+    reader, hidden = et.Reader(8, (2,)), torch.randn(2, 8)
+    rgb = torch.tensor([[COLOUR_RGB["red"], COLOUR_RGB["blue"]], [COLOUR_RGB["green"], [float("nan")] * 3]])
+    labels = reader.named(hidden)[0].argmax(1, keepdim=True)
+    told = reader.rgb(hidden).view(2, 2, 3)
+    expected = ((told - rgb)[~rgb.isnan()] ** 2).mean() * et.RGB_WEIGHT
+    torch.testing.assert_close(reader.loss(hidden, labels, rgb) - reader.named.loss(hidden, labels), expected)
+    with torch.no_grad():
+        reader.rgb.weight.zero_()
+        reader.rgb.bias.copy_(torch.tensor([*COLOUR_RGB["red"], *COLOUR_RGB["blue"]]) + 0.05)
+    assert reader.right(hidden, labels, rgb).tolist() == [True, False]
 
 
 def test_attributes_that_no_row_has_cost_nothing():
@@ -120,8 +154,8 @@ def test_the_folder_is_small_and_starts_as_qwen_image(folder):
 @pytest.mark.parametrize("sources", [1, 2])
 def test_the_stock_pipeline_edits_at_the_size_of_this_world(folder, sources, monkeypatch):
     monkeypatch.setattr(edit_stages, "STEPS", 2)
-    (edit, *_), pictures = et.drawn("heldout", 2, 1, sources)
-    shown = [one.permute(1, 2, 0).numpy() for one in pictures[0]]
+    drawn = er.drawn("heldout", 2, 1, sources)
+    edit, shown = drawn.edits[0], [one.permute(1, 2, 0).numpy() for one in drawn.pictures[0]]
     pipeline = edit_stages.load_editor(folder)
     image = edit_stages.edit_with(pipeline, shown, edit.instruction, cfg=2.0, seed=0)
     assert image.shape == (3, 64, 64)

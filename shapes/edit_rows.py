@@ -1,0 +1,157 @@
+"""What the encoder of edits is trained on: edits as the pipelines tell them, and what of them is to be read.
+
+About half of the training edits have objects of any colour.  An encoder that sees six colours alone learns which shapes never come in
+which, and reads a held-out pair as one that it knows; colours in between take that knowledge away, and show no held-out pair.
+Shapes: N edits, L tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.modular_pipelines.qwenimage import prompt_templates as templates
+from torch import Tensor
+
+from shapes.edit_pictures import RGB, Picture, edited, pictures
+from shapes.edits import KINDS, Edit, parse, sample
+from shapes.render import COLOUR_RGB
+from shapes.scenes import HELD_OUT_PAIRS, rng_for
+from shapes.text_encoders import CLASSES, attributes
+
+HEAD, TAIL = templates.QWENIMAGE_EDIT_PLUS_PROMPT_TEMPLATE.split("{}")
+CUT = templates.QWENIMAGE_EDIT_PLUS_PROMPT_TEMPLATE_START_IDX  # tokens of HEAD, which the pipelines cut off
+NAMED = (0, 1, 2, 4, 5, 7)  # of ``attributes``: all but the two colours, which are read as numbers
+NAMED_CLASSES = tuple(CLASSES[i] for i in NAMED)
+APART = 0.35  # colour units between a free colour and its background, or the colour of a held-out pair
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Edits of as many sources each."""
+
+    edits: list[Edit]
+    pictures: Tensor  # (N, sources, 3, 64, 64) uint8
+    wanted_rgb: Tensor  # (N, 2, 3) colours of the target's objects in [0, 1], NaN where there is none
+    shown_rgb: Tensor  # (N, sources, 2, 3)
+
+
+def _far(one: RGB, other: RGB) -> bool:
+    return float(np.linalg.norm(np.subtract(one, other))) >= APART
+
+
+def _allowed(shape: str, rgb: RGB) -> bool:
+    return all(_far(rgb, COLOUR_RGB[colour]) for held_out, colour in HELD_OUT_PAIRS if held_out == shape)
+
+
+def _target(sources: Sequence[Picture], edit: Edit) -> Picture:
+    """The edited picture, a new colour without the old one's departure from its name."""
+    made, old = edited(sources, edit.target), {thing.colour for scene in edit.sources for thing in scene.things}
+    exact = (
+        placed if thing.colour in old else replace(placed, rgb=COLOUR_RGB[thing.colour])
+        for thing, placed in zip(edit.target.things, made.placed)
+    )  # fmt: skip
+    return replace(made, placed=tuple(exact))
+
+
+def freely_coloured(edit: Edit, sources: Sequence[Picture], rng: np.random.Generator) -> list[Picture]:
+    """The same sources with objects of any colours; as they are where the instruction names a source's colour."""
+    told = parse(edit.instruction)[1]
+    if any(" " in told.get(name, "") for name in "ab"):
+        return list(sources)
+    while True:
+        drawn = [
+            replace(source, placed=tuple(replace(p, rgb=tuple(rng.uniform(0, 1, 3).tolist())) for p in source.placed))
+            for source in sources
+        ]
+        seen = all(_far(p.rgb, picture.background) for picture in drawn for p in picture.placed)
+        shown = [p for picture in (*drawn, _target(drawn, edit)) for p in picture.placed]
+        named = set(COLOUR_RGB.values())
+        if seen and all(p.rgb in named or _allowed(p.shape, p.rgb) for p in shown):
+            return drawn
+
+
+def _rgb(picture: Picture) -> Tensor:
+    known = torch.tensor([p.rgb for p in picture.placed])
+    return torch.cat([known, torch.full((2 - len(known), 3), float("nan"))])
+
+
+def drawn(split: str, seed: int, count: int, sources: int, free: bool = False) -> Rows:
+    """Edits of so many sources; `free`: three of four with colours of their own where the instruction lets them."""
+    kinds = tuple(kind for kind in KINDS if (kind == "compose") == (sources == 2))
+    edits, shown, wanted = [], [], []
+    for index in range(count):
+        edit = sample(split, seed, index, kinds)
+        before, _ = pictures(edit, rng_for(split, seed, index, stream=3))
+        if free and index % 4:
+            before = freely_coloured(edit, before, rng_for(split, seed, index, stream=4))
+        edits.append(edit)
+        shown.append(before)
+        wanted.append(_rgb(_target(before, edit)))
+    pixels = np.stack([[picture.paint() for picture in before] for before in shown])
+    return Rows(
+        edits,
+        torch.from_numpy((pixels * 255 + 0.5).astype(np.uint8)).permute(0, 1, 4, 2, 3).contiguous(),
+        torch.stack(wanted),
+        torch.stack([torch.stack([_rgb(picture) for picture in before]) for before in shown]),
+    )
+
+
+@dataclass(frozen=True)
+class Told:
+    """Rows as the encoder reads them."""
+
+    rows: Rows
+    ids: Tensor  # (N, L)
+    mask: Tensor  # (N, L)
+    places: Tensor  # (3, N, L) M-RoPE
+    seen_at: Tensor  # (N, sources) where a picture has been seen
+    whole_from: Tensor  # (N,) where all of the text has been read
+    ends: Tensor  # (N,) one past the last token
+    wanted: Tensor  # (N, 7) kind and what is named of the target scene, as class numbers
+    shown: Tensor  # (N, sources, 6) of the source scenes
+
+
+def texts_of(edits: Sequence[Edit], plain: bool = False) -> list[str]:
+    """What QwenImageEditPlusPipeline makes of instructions, or QwenImageEditPipeline (`plain`)."""
+    if plain:
+        return [templates.QWENIMAGE_EDIT_PROMPT_TEMPLATE.format(edit.instruction) for edit in edits]
+    numbers = [range(1, len(edit.sources) + 1) for edit in edits]
+    prefixes = ["".join(map(templates.QWENIMAGE_EDIT_PLUS_IMG_TEMPLATE.format, each)) for each in numbers]
+    return [HEAD + prefix + edit.instruction + TAIL for prefix, edit in zip(prefixes, edits)]
+
+
+def tell(encoder: Any, processor: Any, rows: Rows, plain: bool = False) -> Told:
+    """Rows in the pipeline's template, or in the plain one's."""
+    texts, images = texts_of(rows.edits, plain), list(rows.pictures.flatten(0, 1))
+    read = processor(text=texts, images=images, padding=True, return_tensors="pt")
+    ids, mask = read["input_ids"], read["attention_mask"]
+    kinds = (ids == encoder.config.image_token_id).int()
+    places, _ = encoder.model.get_rope_index(ids, kinds, read["image_grid_thw"], attention_mask=mask)
+    seen_at = (ids == encoder.config.vision_end_token_id).nonzero()[:, 1].view(len(texts), -1)
+    ends = mask.sum(1)
+    wanted = [[KINDS.index(edit.kind), *_named(attributes(edit.target))] for edit in rows.edits]
+    shown = [[_named(attributes(scene)) for scene in edit.sources] for edit in rows.edits]
+    tail = len(processor.tokenizer(TAIL).input_ids)
+    return Told(rows, ids, mask, places, seen_at, ends - tail, ends, torch.tensor(wanted), torch.tensor(shown))
+
+
+def _named(numbers: list[int]) -> list[int]:
+    return [numbers[i] for i in NAMED]
+
+
+def tell_token_types(encoder: Any) -> Any:
+    """Have an encoder that a stock pipeline calls number the tokens of pictures by row and column, as it was trained.
+
+    Returns the hook, which can be removed.
+    """
+
+    def told(module: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        if named.get("image_grid_thw") is None:
+            return arguments, named
+        return arguments, named | {"mm_token_type_ids": (named["input_ids"] == module.config.image_token_id).int()}
+
+    return encoder.register_forward_pre_hook(told, with_kwargs=True)
