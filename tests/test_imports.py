@@ -56,6 +56,7 @@ ROOMS = {
 ANNEXES = {
     "cli": "config",
     "flags": "config",
+    "rates": "config",
     "gmflow": "policies",
     "policy_head": "policies",
     "method_configs": "config",
