@@ -78,13 +78,13 @@ UNIFORM_GUI = ("with --s-type-gui uniform", "set --s-type-gui beta or logit_norm
 # Flags that act only beside others.  A part that is switched off for a while by a flag of its own (--sample-steps 0,
 # --dmd-weight 0, --cold-start-iter at the last step, a reward's weight 0) does not make its settings wrong.
 CONDITIONAL = (
+    Acts("lr_num_cycles", lambda v: v.lr_scheduler == "cosine_with_restarts", "without restarts", "set --lr-scheduler cosine_with_restarts"),
+    Acts("lr_power", lambda v: v.lr_scheduler == "polynomial", "without a power", "set --lr-scheduler polynomial"),
+    Acts("num_train_epochs", lambda v: v.method in ("direct", "sft"), "with prompts, of which each is seen once at most", "set --max-train-steps"),
     Acts("sample_num_steps", lambda v: v.method != "sft", "with --method sft", "set --teacher-num-steps"),
     Acts("sample_type", lambda v: v.method != "arcflow", "with --method arcflow, whose steps have ways of their own", "take dmdr or direct"),
     Acts("sample_type", _few_steps, *ONE_STEP),
     Acts("shift", _few_steps, *ONE_STEP),
-    Acts("lr_num_cycles", lambda v: v.lr_scheduler == "cosine_with_restarts", "without restarts", "set --lr-scheduler cosine_with_restarts"),
-    Acts("lr_power", lambda v: v.lr_scheduler == "polynomial", "without a power", "set --lr-scheduler polynomial"),
-    Acts("num_train_epochs", lambda v: v.method in ("direct", "sft"), "with prompts, of which each is seen once at most", "set --max-train-steps"),
     Acts("lora_targets", lambda v: v.use_lora_gen or _guidance_is_lora(v), "where nothing trained is a LoRA", "give --use-lora-gen"),
     Acts("lora_rank", lambda v: v.use_lora_gen or _guidance_is_lora(v), "where nothing trained is a LoRA", "give --use-lora-gen"),
     Acts("base_quant", _keeps_frozen, "where all that is loaded is trained in full", "give --use-lora-gen"),
