@@ -126,8 +126,13 @@ def test_any_plain_name_is_a_run(name):
 FEW, ARC = "--sample-num-steps 4", "--method arcflow --use-lora-gen"
 INERT = [  # the flag, beside what it does nothing, beside what it acts
     ("--sample-num-steps 4", "--method sft", ["", "--method direct"]),
-    ("--shift 3", "", [FEW, f"--method direct {FEW}"]),
-    ("--shift 3", "--method sft", []),
+    ("--shift 3", "", [FEW, f"--method direct {FEW}", "--method sft"]),
+    ("--logit-mean 0.5", "--method sft", ["--method sft --weighting-scheme logit_normal"]),
+    ("--logit-std 0.5", "--method sft", ["--method sft --weighting-scheme logit_normal"]),
+    ("--mode-scale 0.5", "--method sft", ["--method sft --weighting-scheme mode"]),
+    ("--uniform-sampling", "--method sft --weighting-scheme mode", ["--method sft --weighting-scheme cosmap"]),
+    ("--trainable-modules attn", "--method sft --use-lora-gen", ["--method sft"]),
+    ("--trainable-modules-low-learning-rate attn", "--method sft --use-lora-gen", ["--method sft"]),
     ("--sample-type ode", "", [FEW, f"--method direct {FEW}", "--method direct --max-row-steps 4"]),
     ("--step-checkpointing", "--method direct", [f"--method direct {FEW}", "--method direct --max-row-steps 4"]),
     ("--backprop-steps 1", "--method direct", [f"--method direct {FEW}"]),

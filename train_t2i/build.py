@@ -14,10 +14,12 @@ from torch import Tensor, nn
 import rewards
 from train_t2i import base_quant
 from train_t2i.config import (
+    EDIT_FAMILIES,
     Config,
     DirectConfig,
     DMDRConfig,
     Settings,
+    SFTConfig,
     listed,
     parse_resolution,
     resolved_layout,
@@ -53,6 +55,14 @@ def check_family_flags(run: Config, family: str) -> None:
         )
     if run.guidance_embed != Config().guidance_embed and family != "flux":
         raise UserError(f"--guidance-embed does nothing for {family}", "it is FLUX.1's: leave it out")
+    if family in EDIT_FAMILIES and run.text_length:
+        raise UserError(f"--text-length does nothing for {family}, which cuts nothing off", "leave it out")
+    if family in EDIT_FAMILIES and run.prompt_cache:
+        raise UserError(f"--prompt-cache: the texts of {family} are read beside their sources", "leave it out")
+    if family not in EDIT_FAMILIES and run.source_size != Config().source_size:
+        raise UserError(f"--source-size does nothing for {family}, which has no sources", "leave it out")
+    if family != "qwen_image_edit_plus" and run.source_seen_size != Config().source_seen_size:
+        raise UserError(f"--source-seen-size does nothing for {family}", "it is qwen_image_edit_plus's: leave it out")
 
 
 def build_family(run: Config, dtype: torch.dtype) -> Family:
@@ -141,7 +151,15 @@ def assemble(
         autocast=autocast,
         prepare=initialise,
         adapt=lambda net, adapter: METHODS[run.method].adapt(net, adapter, settings.method),
+        named=trained_parts(settings.method),
     )
+
+
+def trained_parts(method: Any) -> tuple[str, ...]:
+    """Parts of the names of what supervised training trains; none: everything."""
+    if not isinstance(method, SFTConfig) or not method.trainable_modules:
+        return ()
+    return listed(method.trainable_modules) + listed(method.trainable_modules_low_learning_rate)
 
 
 def check_started(settings: Settings, backend: str) -> None:

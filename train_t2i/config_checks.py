@@ -70,6 +70,8 @@ NO_TEACHER = (
     "give it to python -m train_t2i pairs (--num-inference-steps, --cfg-scale)",
 )
 NO_REWARD = ("without a reward model", "give --clip-reward-model or --hpsv2-reward-model (--method dmdr)")
+NO_LOGIT = ("without it", "set --weighting-scheme logit_normal")
+MODULES = ("trainable_modules", "trainable_modules_low_learning_rate")
 NO_CLIP = ("without --clip-reward-model", "give that model")
 NO_HPS = ("without --hpsv2-reward-model", "give that model")
 UNIFORM_GEN = ("with --s-type-gen uniform", "set --s-type-gen beta or logit_normal")
@@ -84,7 +86,17 @@ CONDITIONAL = (
     Acts("sample_num_steps", lambda v: v.method != "sft", "with --method sft", "set --teacher-num-steps"),
     Acts("sample_type", lambda v: v.method != "arcflow", "with --method arcflow, whose steps have ways of their own", "take dmdr or direct"),
     Acts("sample_type", _few_steps, *ONE_STEP),
-    Acts("shift", _few_steps, *ONE_STEP),
+    Acts("shift", lambda v: v.method == "sft" or _few_steps(v), *ONE_STEP),
+    Acts("logit_mean", lambda v: v.weighting_scheme == "logit_normal", *NO_LOGIT),
+    Acts("logit_std", lambda v: v.weighting_scheme == "logit_normal", *NO_LOGIT),
+    Acts("mode_scale", lambda v: v.weighting_scheme == "mode", "without it", "set --weighting-scheme mode"),
+    Acts(
+        "uniform_sampling",
+        lambda v: v.weighting_scheme not in ("logit_normal", "mode"),
+        "where --weighting-scheme draws the times",
+        "choose one that weighs losses (sigma_sqrt, cosmap) or none",
+    ),
+    *(Acts(name, lambda v: not v.use_lora_gen, "with --use-lora-gen, whose layers --lora-targets names", "set --lora-targets") for name in MODULES),
     Acts("lora_targets", lambda v: v.use_lora_gen or _guidance_is_lora(v), "where nothing trained is a LoRA", "give --use-lora-gen"),
     Acts("lora_rank", lambda v: v.use_lora_gen or _guidance_is_lora(v), "where nothing trained is a LoRA", "give --use-lora-gen"),
     Acts("base_quant", _keeps_frozen, "where all that is loaded is trained in full", "give --use-lora-gen"),

@@ -9,9 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def denoising(out: Tensor, target: Tensor) -> Tensor:
-    """Scalar: mean squared error of a network's output (DMDR: plain, unweighted; DMD2 eq. 3)."""
-    return F.mse_loss(out.float(), target.float())
+def denoising(out: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Scalar: mean squared error of a network's output (DMDR: plain, DMD2 eq. 3), of each row ``weights`` (B,) times."""
+    if weights is None:
+        return F.mse_loss(out.float(), target.float())
+    return (weights * (out.float() - target.float()).square().flatten(1).mean(1)).mean()
 
 
 def regression(x: Tensor, target: Tensor, huber_delta: float = 0.0) -> Tensor:

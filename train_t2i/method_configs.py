@@ -9,6 +9,7 @@ from train_t2i.flags import flag
 
 TIME_KINDS = ("uniform", "beta", "logit_normal")
 POLICIES = ("momentum", "gmflow")
+WEIGHTINGS = ("none", "logit_normal", "mode", "sigma_sqrt", "cosmap")
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,24 @@ class SFTConfig:
     """Denoising on image-text pairs."""
 
     caption_dropout: float = flag(0.1, "share of rows trained without their caption", low=0, high=1)
+    weighting_scheme: str = flag(
+        "none",
+        "how times are drawn (logit_normal, mode) or losses weighted (sigma_sqrt, cosmap), as in diffusers' SD3 training",
+        choices=WEIGHTINGS,
+    )
+    logit_mean: float = flag(0.0, "of --weighting-scheme logit_normal: above 0 means less noise")
+    logit_std: float = flag(1.0, "of --weighting-scheme logit_normal", above=0)
+    mode_scale: float = flag(1.29, "of --weighting-scheme mode: how much the middle is preferred", low=0)
+    uniform_sampling: bool = flag(False, "spread the times of a batch evenly over all noise levels")
+    trainable_modules: str = flag(
+        "", "comma list of parts of parameters' names: only those are trained; empty or a dot: all"
+    )
+    trainable_modules_low_learning_rate: str = flag("", "likewise, trained at half of the learning rate")
+    ema_decay: float = flag(
+        0.0, "of a moving average of the weights, in fp32, which samples and exports; 0: none", low=0, below=1
+    )
     cache_rows: bool = flag(False, "keep every row's latent and conditioning in memory after its first use")
+    vae_mini_batch: int = flag(0, "images that the VAE encodes at once; 0: all of a micro-batch", resume="warn", low=0)
     num_workers: int = flag(4, "processes that read images", resume="free", low=0)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -75,7 +75,10 @@ class Networks:
         layout: str,
         trains: tuple[Role, ...],
         autocast: Callable[[], AbstractContextManager] = nullcontext,
+        named: Sequence[str] = (),
     ) -> None:
+        """``named``: parts of the names of a full generator's parameters that are trained; none: all are."""
+        self.named = tuple(named)
         self.family, self.modules, self.layout, self.trains = family, modules, layout, trains
         self.routes = LAYOUTS[layout]
         self.autocast = autocast
@@ -94,8 +97,11 @@ class Networks:
     def named_parameters(self, role: Role) -> dict[str, nn.Parameter]:
         """The trainable parameters of a role, by their name inside its module."""
         name, adapter = self.routes[role]
+        parts = self.named if adapter is None and role == "generator" else ()
         named = self.modules[name].named_parameters()
-        return {key: p for key, p in named if adapter is None or f".{adapter}." in key}
+        if adapter is not None:
+            return {key: p for key, p in named if f".{adapter}." in key}
+        return {key: p for key, p in named if not parts or any(part in key for part in parts)}
 
     def prepare(self, role: Role, prepare: Callable[..., nn.Module], adam: object) -> None:
         """Have ``prepare(role, module, named parameters, adam)`` make the role's optimizer; call what it returns."""
@@ -232,6 +238,14 @@ def add_adapter(net: nn.Module, family: Family, adapter: str, spec: AdapterSpec)
             parameter.data = parameter.data.float()
 
 
+def check_named(net: nn.Module | None, named: Sequence[str]) -> None:
+    """Raises UserError for a part that no parameter's name has."""
+    for part in named:
+        if net is not None and not any(part in key for key, _ in net.named_parameters()):
+            some = ", ".join(sorted({key.split(".")[0] for key, _ in net.named_parameters()}))
+            raise UserError(f"--trainable-modules {part}: no parameter has it in its name", f"modules: {some}")
+
+
 def build_networks(
     family: Family,
     layout: str,
@@ -246,10 +260,12 @@ def build_networks(
     autocast: Callable[[], AbstractContextManager] = nullcontext,
     prepare: Callable[[dict[str, nn.Module]], None] = lambda modules: None,
     adapt: Callable[[nn.Module, str], None] = lambda net, adapter: None,
+    named: Sequence[str] = (),
 ) -> Networks:
     """Load what the used roles need, once; trained full modules in fp32, frozen ones in ``dtype``.
 
     ``base_quant`` keeps the blocks of frozen modules in fewer bits (base_quant.py).  ``prepare(modules)`` may load other weights into "gen" before adapters are put on (an initialised generator);
+    ``named``: parts of the names of a full generator's parameters that are trained (none: all);
     ``adapt(net, adapter)`` gives the generator's adapter layers of its own; ``place(net, block class names)`` puts a finished network on the device.
     """
     routes = LAYOUTS[layout]
@@ -269,7 +285,8 @@ def build_networks(
         net.requires_grad_(False)
         if checkpointing:
             net.enable_gradient_checkpointing()
-    networks = Networks(family, modules, layout, trains, autocast)
+    networks = Networks(family, modules, layout, trains, autocast, named)
+    check_named(modules.get("gen"), named)
     for role in trains:
         for parameter in networks.parameters(role):
             parameter.requires_grad_(True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 from train_t2i import __version__, build, log
 from train_t2i.checkpoint import RunFolder
-from train_t2i.config import ArcFlowConfig, DMDRConfig, Settings
+from train_t2i.config import ArcFlowConfig, DMDRConfig, Settings, SFTConfig, listed
 from train_t2i.engine import AdamSettings, Engine
 from train_t2i.errors import UserError
 from train_t2i.feed import Feed, dataset_for
@@ -37,6 +38,7 @@ from train_t2i.run import Run, State, StopRequest
 from train_t2i.sheet import SampleSheet, sheet_prompts
 from train_t2i.watchdog import Watchdog
 
+LOW_RATE = 0.5  # of --trainable-modules-low-learning-rate
 START: dict[str, Any] = {"step": 0, "manifest": {}}  # what a run without a checkpoint goes on from
 
 
@@ -166,8 +168,17 @@ def adam_settings(settings: Settings, role: Role) -> AdamSettings:
     run = settings.run
     decay = run.adam_weight_decay if role == "generator" else 0.0
     betas = (run.adam_beta1, run.adam_beta2)
-    slow = {r"\.log_momenta\.": settings.method.momentum_rate} if isinstance(settings.method, ArcFlowConfig) else {}
-    return AdamSettings(learning_rate(settings, role, 0), betas, run.adam_epsilon, decay, run.use_8bit_adam, slow)
+    factors = rate_factors(settings.method)
+    return AdamSettings(learning_rate(settings, role, 0), betas, run.adam_epsilon, decay, run.use_8bit_adam, factors)
+
+
+def rate_factors(method: Any) -> dict[str, float]:
+    """Expression for the names of parameters -> what their learning rate is multiplied by."""
+    if isinstance(method, ArcFlowConfig):
+        return {r"\.log_momenta\.": method.momentum_rate}
+    if isinstance(method, SFTConfig):
+        return {re.escape(part): LOW_RATE for part in listed(method.trainable_modules_low_learning_rate)}
+    return {}
 
 
 def make_log(run: Run, first_tick: int) -> log.RunLog:

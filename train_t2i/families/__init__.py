@@ -10,26 +10,32 @@ import diffusers
 import transformers
 
 from train_t2i.errors import UserError
-from train_t2i.families.base import Cond, Family, FamilyOptions
+from train_t2i.families.base import Cond, Family, FamilyOptions, Source
 from train_t2i.families.flux import FLUX
 from train_t2i.families.loading import told
 from train_t2i.families.qwen_image import QwenImage
+from train_t2i.families.qwen_image_edit import QwenImageEdit, QwenImageEditPlus
 from train_t2i.families.sd3 import SD3
 from train_t2i.families.sdxl import SDXL
 
 diffusers.utils.logging.disable_progress_bar()
 transformers.utils.logging.disable_progress_bar()
 
-FAMILIES: dict[str, Any] = {"sdxl": SDXL, "sd3": SD3, "flux": FLUX, "qwen_image": QwenImage}
+FAMILIES: dict[str, Any] = {
+    "sdxl": SDXL, "sd3": SD3, "flux": FLUX, "qwen_image": QwenImage, "qwen_image_edit": QwenImageEdit,
+    "qwen_image_edit_plus": QwenImageEditPlus,
+}  # fmt: skip
 
 PIPELINES = {
     "StableDiffusionXLPipeline": "sdxl",
     "StableDiffusion3Pipeline": "sd3",
     "FluxPipeline": "flux",
     "QwenImagePipeline": "qwen_image",
+    "QwenImageEditPipeline": "qwen_image_edit",
+    "QwenImageEditPlusPipeline": "qwen_image_edit_plus",
 }
 
-__all__ = ["FAMILIES", "Cond", "Family", "FamilyOptions", "family_of", "load_family"]
+__all__ = ["FAMILIES", "Cond", "Family", "FamilyOptions", "Source", "family_of", "load_family"]
 
 
 def family_of(model: str) -> str:

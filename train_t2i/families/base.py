@@ -46,12 +46,16 @@ class Cond:
 
         tokens, mask = joined_tokens([(c.tokens, c.mask) for c in conds])
         negatives = [c.negative for c in conds if c.negative is not None]
+        if any(c.shapes != conds[0].shapes for c in conds):
+            raise ValueError("rows of one batch have sources of the same sizes")
         return Cond(
             tokens,
             joined([c.pooled for c in conds]),
             mask,
             Cond.cat(negatives) if negatives else None,
             joined([c.guidance for c in conds]),
+            tuple(torch.cat(parts) for parts in zip(*(c.context for c in conds), strict=True)),
+            conds[0].shapes,
         )
 
     def with_negative(self) -> Cond:
@@ -138,6 +142,7 @@ class Family(Protocol):
     max_side_px: int | None  # no side of an image is longer; None: no table of positions ends
     text_length: int  # tokens of the longest text
     max_text_length: int  # that its pipeline can be told
+    max_sources: int  # images that a row's edit may start from; 0: text to image
 
     def load(self, dtype: torch.dtype) -> nn.Module:
         """The bare frozen denoiser."""
@@ -147,12 +152,16 @@ class Family(Protocol):
         """A LoRA in any names that the family's pipeline reads -> in diffusers' own, and the alphas that stand beside it."""
         ...
 
-    def encode(self, prompts: Sequence[str], negative: str | None) -> Cond:
-        """Conditioning of a batch; with ``negative`` (its text) the result can be guided."""
+    def encode(self, prompts: Sequence[str], negative: str | None, sources: Sequence[Sequence[Source]] = ()) -> Cond:
+        """Conditioning of a batch; with ``negative`` (its text) the result can be guided; ``sources`` are each row's."""
         ...
 
     def complete(self, cond: Cond) -> Cond:
         """A conditioning that came from a cache with what is told beside the text: a guidance number."""
+        ...
+
+    def training_time(self, rank: Tensor, latent_size: tuple[int, int]) -> Tensor:
+        """(B,) shares of all noise levels that are lower -> (B,) times to train at, for latents of (H, W)."""
         ...
 
     def call(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:

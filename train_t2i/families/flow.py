@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path as FilePath
 from typing import Any, ClassVar, Self
 
@@ -16,9 +17,9 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor, nn
 
 from train_t2i.errors import UserError
-from train_t2i.families.base import Cond, FamilyOptions, classifier_free
+from train_t2i.families.base import Cond, FamilyOptions, Source, classifier_free
 from train_t2i.families.loading import load_autoencoder, load_pipeline, load_tiny, told
-from train_t2i.schedule import RectifiedFlow, even_times
+from train_t2i.schedule import RectifiedFlow, even_times, shift_time
 
 PATCH = 2  # latent cells a token, along one side
 TIME_EMBEDDING = tuple(rf"time_text_embed\.timestep_embedder\.linear_{i}" for i in (1, 2))
@@ -65,6 +66,7 @@ class FlowFamily:
     max_text_length: ClassVar[int]
     evenly_spaced: ClassVar[bool] = True  # its pipeline gives the scheduler 1, ..., 1/N; else the scheduler's own
     latent_channels = 16
+    max_sources: ClassVar[int] = 0
 
     def __init__(
         self, pipe: Any, config: dict[str, Any], load_net: Callable[[torch.dtype], nn.Module], options: FamilyOptions
@@ -125,7 +127,9 @@ class FlowFamily:
     # -- text ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str], negative: str | None = None) -> Cond:
+    def encode(
+        self, prompts: Sequence[str], negative: str | None = None, sources: Sequence[Sequence[Source]] = ()
+    ) -> Cond:
         """A negative is the encoding of its text, also of the empty one; it is made once and seen by all rows."""
         if not self.options.encoders:
             raise RuntimeError("the text encoders were not loaded")
@@ -147,9 +151,9 @@ class FlowFamily:
     def _scheduler_config(self) -> dict[str, Any]:
         return dict(FlowMatchEulerDiscreteScheduler.from_config(self.pipe.scheduler.config).config)
 
-    def _mu(self, config: dict[str, Any]) -> float:
+    def _mu(self, config: dict[str, Any], size_px: tuple[int, int]) -> float:
         """Logarithm of the resolution-dependent shift (SD3, arXiv 2403.03206, section 5.3.2, as FLUX.1 fitted it)."""
-        height, width = self.options.size_px
+        height, width = size_px
         tokens = (height // self.size_multiple) * (width // self.size_multiple)
         names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
         return calculate_shift(tokens, *(config[name] for name in names))
@@ -159,19 +163,36 @@ class FlowFamily:
         config = self._scheduler_config()
         if not config["use_dynamic_shifting"]:
             return float(config["shift"])
-        mu = self._mu(config)
+        mu = self._mu(config, self.options.size_px)
         return float(torch.tensor(mu).exp()) if config["time_shift_type"] == "exponential" else mu
 
     def _student_shift(self) -> float:
         return self.own_shift() if self.options.shift is None else self.options.shift
 
-    def _dense_times(self, num_steps: int) -> Tensor:
+    def training_time(self, rank: Tensor, latent_size: tuple[int, int]) -> Tensor:
+        """(B,) shares of all noise levels that are lower -> (B,) times of images of (H, W) latent cells.
+
+        Shifted as the run says; the model's own shift is its scheduler's, a table of as many times as it was trained with.
+        """
+        if self.options.shift is not None:
+            return shift_time(rank, self.options.shift)
+        height, width = latent_size
+        table = self._own_times(height * self.vae_factor, width * self.vae_factor).to(rank.device)
+        return table[((1 - rank) * len(table)).long().clamp(max=len(table) - 1)]
+
+    @lru_cache(maxsize=256)  # noqa: B019 - a family lives as long as its run
+    def _own_times(self, height_px: int, width_px: int) -> Tensor:
+        """(1000,) fp32, descending from 1."""
+        return self._dense_times(self._scheduler_config()["num_train_timesteps"], (height_px, width_px))[:-1]
+
+    def _dense_times(self, num_steps: int, size_px: tuple[int, int] | None = None) -> Tensor:
         """(num_steps + 1,) fp32: the times of the model's own pipeline, from its own scheduler."""
         if num_steps == 1:  # Qwen-Image's cannot stretch a single time
             return even_times(1)
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(self.pipe.scheduler.config)
         told_times = {"sigmas": even_times(num_steps)[:-1].tolist()} if self.evenly_spaced else {}
-        mu = {"mu": self._mu(dict(scheduler.config))} if scheduler.config.use_dynamic_shifting else {}
+        size_px = size_px or self.options.size_px
+        mu = {"mu": self._mu(dict(scheduler.config), size_px)} if scheduler.config.use_dynamic_shifting else {}
         scheduler.set_timesteps(num_steps, **told_times, **mu)
         return scheduler.sigmas.float()
 

@@ -6,7 +6,7 @@ None; the VAE's tensors are (B, C, 1, H, W): one frame of a video.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ class QwenImage(FlowFamily):
     Pipeline = QwenImagePipeline
     Transformer = QwenImageTransformer2DModel
     Autoencoder = AutoencoderKLQwenImage
-    encoder_names = ("text_encoder", "tokenizer")
+    encoder_names: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer")
     block_names = ("QwenImageTransformerBlock",)
     default_text_length, max_text_length = 512, 1024
 
@@ -64,12 +64,15 @@ class QwenImage(FlowFamily):
         return {"max_sequence_length": self.text_length, **guided}
 
     def call(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """Source latents follow the noisy ones; what the network says of them is not read."""
         height, width = x_t.shape[-2:]
+        tokens = pack(x_t)
         out = net(
-            pack(x_t), timestep=told_time(t, cond.tokens), encoder_hidden_states=cond.tokens, encoder_hidden_states_mask=cond.mask,
-            img_shapes=[[(1, height // PATCH, width // PATCH)]] * len(x_t), return_dict=False,
+            torch.cat([tokens, *cond.context], dim=1), timestep=told_time(t, cond.tokens), encoder_hidden_states=cond.tokens,
+            encoder_hidden_states_mask=cond.mask, img_shapes=[[(1, height // PATCH, width // PATCH), *cond.shapes]] * len(x_t),
+            return_dict=False,
         )[0]  # fmt: skip
-        return unpack(out, height, width)
+        return unpack(out[:, : tokens.shape[1]], height, width)
 
     def guide(self, positive: Tensor, negative: Tensor, weight: float | Tensor) -> Tensor:
         """Classifier-free guidance whose tokens keep the length that they have with the prompt, as its pipeline does."""

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from train_t2i.errors import UserError
 from train_t2i.families import sdxl_file
-from train_t2i.families.base import Cond, FamilyOptions, classifier_free
+from train_t2i.families.base import Cond, FamilyOptions, Source, classifier_free
 from train_t2i.families.loading import load_autoencoder, load_pipeline, load_tiny, told
-from train_t2i.schedule import EpsilonVP
+from train_t2i.schedule import EpsilonVP, shift_time
 
 TAKES = "a hub id, a diffusers pipeline folder, or a single .safetensors file"
 ENCODERS = ("text_encoder", "text_encoder_2")
@@ -39,6 +39,7 @@ class SDXL:
     block_names: tuple[str, ...] = ("BasicTransformerBlock", "ResnetBlock2D")
     latent_channels = 4
     max_side_px = None
+    max_sources = 0
     text_length = max_text_length = 77
 
     def __init__(
@@ -87,7 +88,9 @@ class SDXL:
         return StableDiffusionXLPipeline.lora_state_dict(state, unet_config=net.config)
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str], negative: str | None = None) -> Cond:
+    def encode(
+        self, prompts: Sequence[str], negative: str | None = None, sources: Sequence[Sequence[Source]] = ()
+    ) -> Cond:
         """Empty negative text means zeros, as the published pipeline does (``force_zeros_for_empty_prompt``)."""
         if self.pipe.text_encoder is None:
             raise RuntimeError("the text encoders were not loaded")
@@ -103,6 +106,9 @@ class SDXL:
 
     def complete(self, cond: Cond) -> Cond:
         return cond
+
+    def training_time(self, rank: Tensor, latent_size: tuple[int, int]) -> Tensor:
+        return shift_time(rank, self.path.shift)
 
     def call(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         height, width = x_t.shape[-2] * self.vae_factor, x_t.shape[-1] * self.vae_factor

@@ -97,7 +97,9 @@ class ArcFlow(Method):
         negative = self.config.negative_prompt if self.config.distill_cfg > 1 else None
         draw = self.setting.draw(clock, batch.indices)
         return Rollout(
-            self.setting.family.encode(batch.prompts, negative), draw, draw.normal("noise", self.setting.latent_shape)
+            self.setting.family.encode(batch.prompts, negative, batch.sources),
+            draw,
+            draw.normal("noise", self.setting.latent_shape),
         )
 
     def losses(self, role: Role, rollout: Rollout, clock: Clock) -> Iterator[tuple[Tensor, Metrics]]:

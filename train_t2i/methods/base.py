@@ -38,7 +38,6 @@ class Batch:
 
     indices: Sequence[int]
     prompts: list[str]
-    sources: Sequence[Sequence[Source]] = ()  # what each row's edit starts from
     rows: Sequence[int] = ()  # of the data: the same row comes again in every epoch
     images: Tensor | None = None  # (B, 3, H, W)
     seeds: Sequence[int] = ()  # of the noise that the teacher's result was made from
@@ -46,6 +45,7 @@ class Batch:
     num_steps: Sequence[int] = ()  # of the student, where rows have their own
     latents: Tensor | None = None  # (B, C, H, W) the teacher's result
     states: Tensor | None = None  # (B, N - 1, C, H, W) where it was at the student's times
+    sources: Sequence[Sequence[Source]] = ()  # what each row's edit starts from
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ class Direct(Method):
         shape = target.shape[1:]
         draw = setting.draw(clock, batch.indices)
         return Rollout(
-            family.encode(batch.prompts, None),
+            family.encode(batch.prompts, None, batch.sources),
             seeded_noise(batch.seeds, shape, batch.rand_devices).to(setting.device),
             target,
             None if batch.states is None else batch.states.to(setting.device),

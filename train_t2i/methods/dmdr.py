@@ -74,7 +74,7 @@ class DMDR(Method):
     def rollout(self, batch: Batch, clock: Clock) -> Rollout:
         config, setting = self.config, self.setting
         guided = config.cfg_r > 1 or config.cfg_f > 1
-        cond = setting.family.encode(batch.prompts, config.negative_prompt if guided else None)
+        cond = setting.family.encode(batch.prompts, config.negative_prompt if guided else None, batch.sources)
         draw = setting.draw(clock, batch.indices)
         level = self.level_times.sample_index(draw.on_host(), "level", clock.step, setting.grid)
         x0 = self._simulated(cond, draw, level)
