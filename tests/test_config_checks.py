@@ -75,7 +75,7 @@ CANNOT_WORK = [
     ("--method direct --sample-num-steps 4 --states-weight 1", "set --sample-type ode"),
     ("--method direct --sample-num-steps 4 --sample-type ode --states-weight 1 --max-row-steps 4", "give one"),
     ("--method direct --sample-num-steps 4 --max-pixels 4096 --shift 0", "give --shift a number"),
-    ("--dataloader_num_workers 2", "--num-workers does nothing for --method dmdr"),
+    ("--dataloader_num_workers 2 --model-family sdxl", "--num-workers does nothing where the data is prompts alone"),
     ("--cold-start-iter 10", "--clip-reward-model"),
     ("--cold-start-iter 10 --reward-clip-weight 0", "no reward model"),
     ("--hpsv2-reward-model x --srpo on --srpo-positive ,", "--srpo needs words on both sides"),
@@ -86,6 +86,7 @@ CANNOT_WORK = [
     ),
     ("--use-lora-gen --lora-targets to_q)|(to_k", "--lora-targets to_q)|(to_k: not a regular expression"),
     ("--use-lora-gen --lora-targets (?P<a>to_q),(?P<a>to_k)", "--lora-targets (?P<a>to_q),(?P<a>to_k): not a regular"),
+    ("--method sft --enable-bucket --random-hw-adapt --cache-rows", "--cache-rows does not go with --random-hw-adapt"),
     ("--dmd-weight 0", "trains nothing"),
     ("--dmd-weight 0 --clip-reward-model x --reward-clip-weight 0", "trains nothing"),
 ]
@@ -181,6 +182,14 @@ INERT = [  # the flag, beside what it does nothing, beside what it acts
     ("--reward-margin 1", "--reward-clip-weight 0 --reward-hps-weight 0", ["--clip-reward-model x"]),
     ("--magic-prompt x", "--clip-reward-model x", ["--hpsv2-reward-model x"]),
     ("--magic-prompt=", "", ["--hpsv2-reward-model x"]),
+    ("--source-size 512", "--model-family qwen_image", ["", "--model-family qwen_image_edit"]),
+    ("--source-seen-size 512", "--model-family qwen_image_edit", ["", "--model-family qwen_image_edit_plus"]),
+    ("--train-data-dir x", "--model-family sdxl", ["", "--method sft --model-family sdxl", "--train_mode qwen_image_edit"]),
+    ("--num-workers 2", f"{ARC} --model-family flux", ["--method direct --model-family sdxl", "--model-family qwen_image_edit"]),
+    ("--max-bad-fraction 0.1", "--method direct", ["--method sft", "--model-family qwen_image_edit"]),
+    ("--max-bad-fraction 0.1", "--model-family sd3", ["", "--method sft --model-family sd3"]),
+    ("--random-hw-adapt on", "--method sft", ["--method sft --enable-bucket --image_sample_size 768"]),
+    ("--random-hw-adapt on", "--method sft --enable-bucket --resolution 760", ["--method sft --enable-bucket --resolution 1024x576"]),
 ]  # fmt: skip
 
 

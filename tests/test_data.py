@@ -18,9 +18,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from train_t2i import prompts, tables
-from train_t2i.data import Order, Row, batch_indices, fit_image, load_rows
+from train_t2i import pictures, prompts, tables
+from train_t2i.data import Order, batch_indices
 from train_t2i.errors import EXIT_USER, UserError
+from train_t2i.rows import Row, load_rows
 
 
 def load_prompts(source: str | Path) -> list[str]:
@@ -311,14 +312,14 @@ def test_a_row_knows_its_place(tmp_path: Path) -> None:
     refused(write(tmp_path / "t.txt", "a.png"), "is not a table", load_rows)
 
 
-def row_of(image: Path) -> Row:
-    return Row(image.parent / "t.csv", 5, image, "x")
+def fit_image(image: Path, height_px: int, width_px: int) -> torch.Tensor:
+    return pictures.fit_image(image, "t.csv:5", height_px, width_px)
 
 
 def test_pixels(tmp_path: Path) -> None:
     pixels = png(tmp_path / "a.png", 8, 6)
     expected = torch.from_numpy(pixels).permute(2, 0, 1) / 255
-    image = fit_image(row_of(tmp_path / "a.png"), 8, 6)
+    image = fit_image(tmp_path / "a.png", 8, 6)
     assert torch.equal(image, expected)
     assert image.dtype == torch.float32
 
@@ -327,25 +328,25 @@ def test_every_mode_becomes_rgb(tmp_path: Path) -> None:
     pixels = png(tmp_path / "rgba.png", 4, 4, "RGBA").astype(float)
     alpha = pixels[..., 3:] / 255
     expected = pixels[..., :3] * alpha + 255 * (1 - alpha)
-    found = fit_image(row_of(tmp_path / "rgba.png"), 4, 4).permute(1, 2, 0).numpy() * 255
+    found = fit_image(tmp_path / "rgba.png", 4, 4).permute(1, 2, 0).numpy() * 255
     assert np.abs(found - expected).max() < 1
     grey = png(tmp_path / "grey.png", 4, 4, "L")
-    assert torch.equal(fit_image(row_of(tmp_path / "grey.png"), 4, 4)[1], torch.from_numpy(grey[..., 0]) / 255)
+    assert torch.equal(fit_image(tmp_path / "grey.png", 4, 4)[1], torch.from_numpy(grey[..., 0]) / 255)
     turned = Image.new("RGB", (6, 4), "red")
     turned.getexif()[0x0112] = 6  # a camera held upright
     turned.save(tmp_path / "turned.jpg", exif=turned.getexif())
-    assert fit_image(row_of(tmp_path / "turned.jpg"), 6, 4).shape == (3, 6, 4)
+    assert fit_image(tmp_path / "turned.jpg", 6, 4).shape == (3, 6, 4)
 
 
 def test_fit_takes_the_centre_and_keeps_proportions(tmp_path: Path) -> None:
     wide = np.zeros((10, 30, 3), np.uint8)
     wide[:, 10:20] = 255
     Image.fromarray(wide).save(tmp_path / "wide.png")
-    assert torch.equal(fit_image(row_of(tmp_path / "wide.png"), 10, 10), torch.ones(3, 10, 10))
+    assert torch.equal(fit_image(tmp_path / "wide.png", 10, 10), torch.ones(3, 10, 10))
     Image.fromarray(wide.transpose(1, 0, 2)).save(tmp_path / "high.png")
-    assert fit_image(row_of(tmp_path / "high.png"), 20, 20)[:, 4:16, 4:16].min() == 1
+    assert fit_image(tmp_path / "high.png", 20, 20)[:, 4:16, 4:16].min() == 1
     Image.new("RGB", (1, 20_000)).save(tmp_path / "line.png")
-    assert fit_image(row_of(tmp_path / "line.png"), 32, 64).shape == (3, 32, 64)
+    assert fit_image(tmp_path / "line.png", 32, 64).shape == (3, 32, 64)
 
 
 def bomb(path: Path, width: int, height: int) -> None:
@@ -377,7 +378,7 @@ def test_images_that_are_refused(tmp_path: Path, recwarn: pytest.WarningsRecorde
     }
     for image in sorted(tmp_path.iterdir()):
         with pytest.raises(UserError, match=rf"t\.csv:5: image {image.name} cannot be used") as error:
-            fit_image(row_of(image), 4, 4)
+            fit_image(image, 4, 4)
         assert "\n" not in str(error.value)
         assert reasons.get(image.name, "") in error.value.message
     assert not recwarn
@@ -462,4 +463,4 @@ def test_any_damage_to_a_good_file_is_read_or_refused(tmp_path: Path, draw) -> N
     write(
         path, bytes(content[: draw.draw(st.integers(0, len(content)))]) if draw.draw(st.booleans()) else bytes(content)
     )
-    read_or_refused(load_prompts if suffix != ".png" else lambda path: fit_image(row_of(path), 8, 8), path)
+    read_or_refused(load_prompts if suffix != ".png" else lambda path: fit_image(path, 8, 8), path)

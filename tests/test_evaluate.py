@@ -46,7 +46,8 @@ def reference(tmp_path):
 def test_a_row_holds_what_was_measured(runs, tmp_path, prompts_file, towers, scorer, reference, capsys):
     import rewards
     from train_t2i import metrics
-    from train_t2i.data import fit_image, load_rows
+    from train_t2i.pictures import fit_image
+    from train_t2i.rows import load_rows
     from train_t2i.student import load_student
 
     out = tmp_path / "tables" / "table.json"
@@ -66,7 +67,7 @@ def test_a_row_holds_what_was_measured(runs, tmp_path, prompts_file, towers, sco
     clip = rewards.REWARDS["clip"](towers["clip"])
     hps = rewards.REWARDS["hpsv2"](towers["hpsv2"])
     features = clip.encode_images(pictures)
-    real = clip.encode_images(torch.stack([fit_image(r, 32, 32) for r in load_rows(reference)]))
+    real = clip.encode_images(torch.stack([fit_image(r.target, r.place, 32, 32) for r in load_rows(reference)]))
     scores = {
         "adherence": pictures[:, 0].mean((1, 2)),
         "clip": clip(pictures, prompts),

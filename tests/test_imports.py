@@ -19,8 +19,9 @@ PACKAGES = ("train_t2i", "rewards", "shapes")
 # room -> the rooms it may import, beside itself and `errors`.
 ROOMS = {
     "errors": set(),
-    "config": set(),
-    "data": set(),
+    "sizes": set(),
+    "config": {"sizes"},
+    "data": {"sizes"},
     "log": set(),
     "losses": set(),
     "schedule": set(),
@@ -69,6 +70,9 @@ ANNEXES = {
     "prompts": "data",
     "hub": "data",
     "pair_data": "data",
+    "image_data": "data",
+    "pictures": "data",
+    "rows": "data",
     "mapped": "prompt_cache",
     "packing": "prompt_cache",
     "prompt_index": "prompt_cache",
@@ -77,6 +81,7 @@ ANNEXES = {
 # room -> the third-party packages it may import; a room that is not named may import any that is not reserved.
 LIBRARIES = {
     "errors": set(),
+    "sizes": set(),
     "config": {"yaml"},
     "data": {"torch", "numpy", "PIL", "pyarrow", "xxhash", "tqdm", "datasets", "safetensors"},
     "losses": {"torch"},

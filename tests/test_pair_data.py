@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +11,6 @@ import pyarrow
 import pytest
 import tiny
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 from pyarrow import parquet
 from safetensors.torch import save_file
@@ -21,13 +18,11 @@ from tiny_runs import stopped_at
 from torch import Tensor
 from trainer import Trainer
 
-from train_t2i.cli import parse
 from train_t2i.errors import EXIT_USER, UserError
 from train_t2i.families import load_family
 from train_t2i.feed import Feed
-from train_t2i.pair_data import BucketOrder, ImagePairs, Wanted, open_pairs
+from train_t2i.pair_data import ImagePairs, Wanted, open_pairs
 from train_t2i.randomness import seeded_noise
-from train_t2i.resume import check_sizes
 
 PROMPT = "精致肖像，水下少女，蓝裙飘逸，发丝轻扬，光影透澈，气泡环绕，面容恬静，细节精致，梦幻唯美。"
 HEADER = "image,prompt,seed,rand_device,num_inference_steps,cfg_scale"
@@ -77,7 +72,7 @@ def test_json_and_parquet_hold_the_same(table, suffix):
 
 def refused(path: Path, wanted: Wanted = FIXED, multiple: int = 8) -> str:
     with pytest.raises(UserError) as told:
-        open_pairs(str(path), wanted).check((4, 4, 4), multiple, torch.tensor([0.399, 0.0]))
+        open_pairs(str(path), wanted).settle((4, 4, 4), multiple, torch.tensor([0.399, 0.0]))
     assert told.value.exit_code == EXIT_USER
     return str(told.value)
 
@@ -120,7 +115,7 @@ def test_dynamic_sizes_are_neither_scaled_nor_cropped(table):
         table, Wanted((64, 64), max_pixels=1023)
     )
     assert "not multiples of 24: it would have to be cropped" in refused(table, Wanted((64, 64), max_pixels=1024), 24)
-    open_pairs(str(table), Wanted((64, 64), max_pixels=1024)).check((4, 8, 8), 8, torch.tensor([0.399, 0.0]))
+    open_pairs(str(table), Wanted((64, 64), max_pixels=1024)).settle((4, 8, 8), 8, torch.tensor([0.399, 0.0]))
 
 
 def test_noise_of_a_gpu_is_drawn_there(monkeypatch):
@@ -141,30 +136,6 @@ def test_noise_of_a_gpu_is_drawn_there(monkeypatch):
 # -- sizes -----------------------------------------------------------------------------------------------------------
 
 
-@given(
-    buckets=st.lists(st.integers(0, 3), min_size=1, max_size=40),
-    chunk=st.integers(1, 5),
-    seed=st.integers(0, 5),
-)
-@settings(max_examples=60, deadline=None)
-def test_a_chunk_shares_its_bucket_and_an_epoch_shows_every_row(buckets, chunk, seed):
-    used = sorted(set(buckets))
-    order = BucketOrder([used.index(bucket) for bucket in buckets], chunk, seed)
-    for epoch in range(2):
-        count = len(order.chunks) * chunk
-        rows = [order.index_at(epoch * count + i) for i in range(count)]
-        for first in range(0, count, chunk):
-            assert len({buckets[row] for row in rows[first : first + chunk]}) == 1
-        shown = Counter(rows)
-        assert set(shown) == set(range(len(buckets)))
-        for bucket in used:  # the last chunk of a bucket alone shows rows again
-            of_bucket = [row for row, b in enumerate(buckets) if b == bucket]
-            assert sum(shown[row] for row in of_bucket) == -(-len(of_bucket) // chunk) * chunk
-    assert [order.index_at(i) for i in range(7)] == [
-        BucketOrder([used.index(b) for b in buckets], chunk, seed).index_at(i) for i in range(7)
-    ]
-
-
 @pytest.fixture
 def sizes_table(tmp_path: Path) -> Path:
     """Five images of 32x32, four of 48x32."""
@@ -181,7 +152,7 @@ def test_a_batch_has_one_size_however_the_processes_share_it(sizes_table):
     data = ImagePairs(str(sizes_table), Wanted(SIZE, max_pixels=48 * 32))
 
     def rows_of(**split: int) -> list[list[int]]:
-        feed = Feed(data, seed=3, chunk_size=4, **split)
+        feed = Feed(data, seed=3, **split)
         ticks = feed.ticks(0)
         return [list(batch.rows) for _ in range(4) for batch in next(ticks)]
 
@@ -205,19 +176,14 @@ def test_a_run_on_images_of_several_sizes_goes_on_bit_for_bit(trainer: Trainer, 
     assert first["loss"] == pytest.approx(first["loss_latent"] + 0.1 * first["loss_features"], rel=1e-5)
 
 
-def test_batches_of_one_size_stay_what_they_were(trainer: Trainer, sizes_table):
-    """Four rows that share a size cannot become three, nor other fours, in the middle of a run."""
-    flags = f"--data-path-train {sizes_table} --max-pixels 1536 --num-workers 0"
-    run = trainer.run("run", f"{flags} --batch-size 4 --max-train-steps 1", "direct")
-    more = f"{flags} --batch-size 2 --gradient-accumulation-steps 2 --max-train-steps 2 --auto-resume"
-    ended = trainer.ends(run.name, more, "direct")
-    assert ended.code == EXIT_USER
-    assert "this run's batches of one size have 4 rows, these processes would take 2 at a time" in ended.err
-    record = {"settings": {"batch_size": 4}}
-    settings = parse(["--method", "direct", "--max-pixels", "1536", "--batch-size", "4"])
-    check_sizes(settings, record, 2)
-    with pytest.raises(UserError, match="would take 3 at a time"):
-        check_sizes(settings, record, 3)
+def test_a_run_on_several_sizes_is_split_otherwise_and_stays_the_same(trainer: Trainer, sizes_table):
+    """Rows that share a size are as many as the global batch, which a run keeps."""
+    flags = f"--data-path-train {sizes_table} --max-pixels 1536 --num-workers 0 --max-train-steps 3"
+    whole = trainer.run("whole", f"{flags} --batch-size 4 --checkpoint-steps 1", "direct")
+    more = f"{flags} --batch-size 2 --gradient-accumulation-steps 2 --auto-resume"
+    again = trainer.run(stopped_at(whole, 1, "cut").name, more, "direct")
+    for first, second in zip(tiny.log_lines(whole), tiny.log_lines(again), strict=True):
+        assert first["loss"] == pytest.approx(second["loss"], rel=1e-4)
 
 
 def test_reading_processes_change_nothing(trainer: Trainer, sizes_table):

@@ -25,7 +25,7 @@ from train_t2i.config import (
     resolved_layout,
     reward_weights,
 )
-from train_t2i.config_checks import check_backend
+from train_t2i.config_checks import check_acts, check_backend
 from train_t2i.errors import UserError
 from train_t2i.families import FAMILIES, Family, family_of, load_family
 from train_t2i.initial_weights import TAKES, load_generator_weights
@@ -42,7 +42,9 @@ def resolved(settings: Settings) -> Settings:
     run = settings.run
     family = family_of(run.pretrained_model) if run.model_family == "auto" else run.model_family
     check_family_flags(run, family)
-    return replace(settings, run=replace(run, model_family=family, layout=resolved_layout(run)))
+    settings = replace(settings, run=replace(run, model_family=family, layout=resolved_layout(run)))
+    check_acts(settings)
+    return settings
 
 
 def check_family_flags(run: Config, family: str) -> None:

@@ -16,7 +16,7 @@ from train_t2i.config import METHOD_CONFIGS, METHOD_NAMES, Config, Settings, fie
 from train_t2i.config_checks import check, check_bounds
 from train_t2i.errors import UserError
 
-# diffusers' training scripts -> ours
+# diffusers' and VideoX-Fun's training scripts -> ours
 ALIASES = {
     "pretrained_model_name_or_path": "pretrained_model",
     "pretrained_teacher_model": "pretrained_model",
@@ -30,6 +30,9 @@ ALIASES = {
     "validation_prompts": "sample_prompts",
     "resume_from_checkpoint": "resume_ckpt",
     "cold_start_steps": "cold_start_iter",
+    "train_data_meta": "data_path_train",
+    "image_sample_size": "resolution",
+    "train_mode": "model_family",
 }
 
 # fields of verbs that may stand without a flag -> their flag

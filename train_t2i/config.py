@@ -86,8 +86,18 @@ class Config:
     data_path_train: str = flag(
         "t2i-2m-filtered-prompts.txt",
         "prompts: txt, csv, tsv, jsonl, json or parquet; several with commas, a glob, a folder of them, or a dataset of the "
-        "hub: hub:ORG/NAME[:SPLIT][:COLUMN] (direct: a pairs folder or an image table with seeds; sft: an image table)",
+        "hub: hub:ORG/NAME[:SPLIT][:COLUMN] (direct: a pairs folder or an image table with seeds; sft and edit models: an "
+        "image table)",
     )
+    train_data_dir: str | None = flag(
+        None,
+        "image tables: where their relative paths begin (default: the table's folder); empty: paths are taken as written",
+    )
+    max_bad_fraction: float = flag(
+        0.0, "image tables: share of rows that may be unusable and are left out; 0: the first one stops the run",
+        resume="warn", low=0, below=1,
+    )  # fmt: skip
+    num_workers: int = flag(4, "processes that read images, where the data has some", resume="free", low=0)
     prompt_cache: str | None = flag(
         None, "folder that the cache verb made from the same prompts: no text encoder is loaded", resume="warn"
     )
@@ -170,6 +180,17 @@ class Settings:
     def size_px(self) -> tuple[int, int]:
         """(height, width)."""
         return parse_resolution(self.run.resolution)
+
+
+def source_counts(family: str) -> tuple[int, int]:
+    """The fewest and the most sources of a row: qwen_image_edit has exactly one, whoever takes several may have none."""
+    most = EDIT_FAMILIES.get(family, 0)
+    return (1, 1) if most == 1 else (0, most)
+
+
+def seen_side(run: Config) -> int | None:
+    """Side of the square that has a source's area as the text encoder sees it; None: it sees what the VAE does."""
+    return run.source_seen_size if run.model_family == "qwen_image_edit_plus" else None
 
 
 def parse_resolution(text: str) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,19 +10,23 @@ from types import SimpleNamespace
 from typing import Any
 
 from train_t2i.config import (
+    EDIT_FAMILIES,
     LAYOUTS,
     Config,
     DirectConfig,
     DMDRConfig,
     Settings,
+    SFTConfig,
     any_of,
     fields_of,
     listed,
+    parse_resolution,
     resolved_layout,
     reward_weights,
 )
 from train_t2i.errors import UserError
 from train_t2i.rates import LOWEST
+from train_t2i.sizes import side_divisors
 
 Values = Any  # every setting of a run by name, its layout resolved
 
@@ -56,6 +61,24 @@ def _rewarded(v: Values) -> bool:
     return v.method == "dmdr" and bool(v.clip_reward_model or v.hpsv2_reward_model)
 
 
+def _edits(v: Values) -> bool:
+    """What ``auto`` stands for is known later, when this is asked again."""
+    return v.model_family in ("auto", *EDIT_FAMILIES)
+
+
+def _reads_images(v: Values) -> bool:
+    return v.method in ("direct", "sft") or _edits(v)
+
+
+def _leaves_out_rows(v: Values) -> bool:
+    return v.method == "sft" or (v.method != "direct" and _edits(v))
+
+
+def _side_varies(v: Values) -> bool:
+    height, width = parse_resolution(v.resolution)
+    return bool(side_divisors(math.sqrt(height * width)))
+
+
 def _guidance_is_lora(v: Values) -> bool:
     return v.method == "dmdr" and LAYOUTS[v.layout]["guidance"][1] is not None
 
@@ -64,6 +87,9 @@ def _keeps_frozen(v: Values) -> bool:
     return v.use_lora_gen or v.method not in ("direct", "sft")
 
 
+NO_IMAGES = ("where the data is prompts alone", "train an edit model, or take --method sft or direct")
+NO_EDITS = ("for models that edit nothing", "set --model-family")
+NO_SEEN = ("but for qwen_image_edit_plus, whose text encoder sees sources of their own size", "set --source-size")
 ONE_STEP = ("on one step", "distil (dmdr, direct) with --sample-num-steps above 1")
 NO_TEACHER = (
     "with --method direct, which runs no teacher",
@@ -97,6 +123,13 @@ CONDITIONAL = (
         "choose one that weighs losses (sigma_sqrt, cosmap) or none",
     ),
     *(Acts(name, lambda v: not v.use_lora_gen, "with --use-lora-gen, whose layers --lora-targets names", "set --lora-targets") for name in MODULES),
+    Acts("source_size", _edits, *NO_EDITS),
+    Acts("source_seen_size", lambda v: v.model_family in ("auto", "qwen_image_edit_plus"), *NO_SEEN),
+    Acts("train_data_dir", _reads_images, *NO_IMAGES),
+    Acts("max_bad_fraction", _leaves_out_rows, "where every row of the data counts", "take --method sft"),
+    Acts("num_workers", _reads_images, *NO_IMAGES),
+    Acts("random_hw_adapt", lambda v: v.enable_bucket, "without --enable-bucket", "give that flag"),
+    Acts("random_hw_adapt", _side_varies, "below --resolution 768", "raise --resolution"),
     Acts("lora_targets", lambda v: v.use_lora_gen or _guidance_is_lora(v), "where nothing trained is a LoRA", "give --use-lora-gen"),
     Acts("lora_rank", lambda v: v.use_lora_gen or _guidance_is_lora(v), "where nothing trained is a LoRA", "give --use-lora-gen"),
     Acts("base_quant", _keeps_frozen, "where all that is loaded is trained in full", "give --use-lora-gen"),
@@ -167,7 +200,9 @@ def check(settings: Settings) -> None:
         raise UserError("--method arcflow trains a LoRA and the layers of its head", "give --use-lora-gen")
     if isinstance(settings.method, DirectConfig):
         _check_direct(run, settings.method)
-    _check_acts(settings)
+    if isinstance(settings.method, SFTConfig) and settings.method.random_hw_adapt and settings.method.cache_rows:
+        raise UserError("--cache-rows does not go with --random-hw-adapt: a row comes in several sizes", "give one")
+    check_acts(settings)
 
 
 def check_bounds(name: str, value: Any, limits: Any) -> None:
@@ -211,7 +246,7 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _check_acts(settings: Settings) -> None:
+def check_acts(settings: Settings) -> None:
     """A value other than its default must do something: the defaults are what a published line may always spell out."""
     fields, given = fields_of(settings.run.method), settings.as_dict()
     values = SimpleNamespace(**given | {"layout": resolved_layout(settings.run)})

@@ -1,36 +1,14 @@
-"""The order of samples, which can start anywhere, and images by row.
+"""The order of samples, which can start anywhere: pure functions of a seed and a sample's index, nothing is kept."""
 
-What cannot be used is a UserError that names the file and the line or row; nothing is skipped silently.
-"""
-
-import contextlib
+import bisect
 import hashlib
-import logging
 import math
-import os
 import struct
-import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
 from functools import lru_cache
-from pathlib import Path
+from typing import Protocol
 
 import numpy as np
-import torch
-from PIL import Image, ImageOps
-from torch import Tensor
-
-from train_t2i.errors import UserError
-from train_t2i.tables import PROMPT_COLUMNS, READERS, clean, place_of, prompt_of, records, short
-
-MAX_IMAGE_PIXELS = 64_000_000
-ORIENTATION = 0x0112  # EXIF; 5 to 8 are turned by a quarter
-IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
-log = logging.getLogger(__name__)
-
-
-# ---------------------------------------------------------------- order
-
 
 NUM_ROUNDS = 8
 MASK_64 = (1 << 64) - 1
@@ -81,6 +59,61 @@ def _mixed(x: int) -> int:
     return x ^ x >> 31
 
 
+class Sequenced(Protocol):
+    """Which row is shown as which sample."""
+
+    def index_at(self, sample_index: int) -> int: ...
+
+
+class BucketOrder:
+    """Rows in chunks of ``chunk_size`` that share a bucket; no row is left out or shown more often than its neighbours.
+
+    The rows of a bucket are an endless stream of permutations, cut into chunks: what an epoch leaves of it goes on in the
+    next.  After e epochs a bucket of n rows has shown floor(e n / chunk_size) chunks; the chunks of an epoch stand in a
+    permutation of their own.  A pure function of (seed, sample index), as ``Order``.
+    """
+
+    def __init__(self, buckets: Sequence[int], chunk_size: int, seed: int) -> None:
+        """``buckets``: of each row, from 0 up, none of them empty."""
+        self.chunk_size, self.seed = chunk_size, seed
+        of_row = np.asarray(buckets, dtype=np.int64)
+        self.counts = np.bincount(of_row)
+        self.rows = np.split(np.argsort(of_row, kind="stable"), np.cumsum(self.counts)[:-1])
+        self.inside = [Order(len(rows), seed) for rows in self.rows]
+        self._last = (0, self._found(0))  # neighbours ask for the same chunk
+
+    def index_at(self, sample_index: int) -> int:
+        chunk, position = divmod(sample_index, self.chunk_size)
+        if self._last[0] != chunk:
+            self._last = (chunk, self._found(chunk))
+        bucket, of_bucket = self._last[1]
+        return int(self.rows[bucket][self.inside[bucket].index_at(of_bucket * self.chunk_size + position)])
+
+    def _shown(self, epochs: int) -> np.ndarray:
+        """Chunks of each bucket in the first ``epochs``."""
+        return epochs * self.counts // self.chunk_size
+
+    def _found(self, chunk: int) -> tuple[int, int]:
+        """(bucket, which of its chunks) of a chunk of the whole order."""
+        # of e epochs there are more than sum_b (e n_b / G - 1) chunks: where the search ends
+        latest = (chunk + len(self.rows)) * self.chunk_size // int(self.counts.sum()) + 1
+        epoch = bisect.bisect_right(range(latest + 1), chunk, key=lambda e: int(self._shown(e).sum())) - 1
+        before = self._shown(epoch)
+        ends = np.cumsum(self._shown(epoch + 1) - before)
+        count = int(ends[-1])
+        place = Order(count, self.seed).index_at(epoch * count + chunk - int(before.sum()))
+        bucket = int(np.searchsorted(ends, place, side="right"))
+        return bucket, int(before[bucket]) + place - (int(ends[bucket - 1]) if bucket else 0)
+
+
+def order_of(keys: Sequence[Hashable], chunk_size: int, seed: int) -> Sequenced:
+    """Rows of equal keys in chunks of their own; where all keys are equal, the plain order."""
+    numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+    if len(numbers) < 2:
+        return Order(len(keys), seed)
+    return BucketOrder([numbers[key] for key in keys], chunk_size, seed)
+
+
 def batch_indices(
     samples_seen: int, batch_size: int, rank: int = 0, world: int = 1, micro: int = 0, accumulate: int = 1
 ) -> list[int]:
@@ -92,124 +125,3 @@ def batch_indices(
         raise ValueError(f"rank {rank} of {world}, micro-batch {micro} of {accumulate}")
     first = samples_seen + (micro * world + rank) * batch_size
     return list(range(first, first + batch_size))
-
-
-# ---------------------------------------------------------------- images
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One row of an image-text table."""
-
-    table: Path
-    number: int
-    image: Path
-    prompt: str
-
-    @property
-    def place(self) -> str:
-        """Where a person finds it: FILE:LINE or FILE, row N."""
-        return place_of(self.table, self.number)
-
-
-def load_rows(path: str | os.PathLike[str]) -> list[Row]:
-    """The rows of a table (.csv, .tsv, .jsonl, .json, .parquet) with the columns image and prompt.
-
-    Image paths are relative to the table's folder and stay inside it; every image must be there.  Raises UserError.
-    """
-    path = Path(path)
-    if path.suffix.lower() not in READERS:
-        raise UserError(f"{path} is not a table", f"give one of {', '.join(READERS)} with the columns image and prompt")
-    resolve = _Inside(path)
-    rows = []
-    for number, record in records(path, ("image", *PROMPT_COLUMNS)):
-        prompt = prompt_of(record, path, number)
-        if not (name := clean(record.get("image"), "image", path, number)):
-            raise UserError(f"{place_of(path, number)}: no image", "the column image holds its path beside the table")
-        rows.append(Row(path, number, resolve(name, number), prompt))
-    if not rows:
-        raise UserError(f"{path} holds no row")
-    log.info("%s: %d rows, %d of them with a blank prompt", path, len(rows), sum(not row.prompt for row in rows))
-    return rows
-
-
-class _Inside:
-    """Image paths of one table: relative to its folder, and inside it even when links are followed."""
-
-    def __init__(self, table: Path) -> None:
-        self.table, self.root = table, os.path.realpath(table.parent)
-        self._folders: dict[str, str] = {}  # links of a folder are looked up once
-
-    def __call__(self, name: str, number: int) -> Path:
-        folder, file = os.path.split(os.path.join(self.root, name))  # noqa: PTH118 - pathlib is slow for millions
-        if folder not in self._folders:
-            self._folders[folder] = os.path.realpath(folder)
-        full = os.path.join(self._folders[folder], file)  # noqa: PTH118
-        if os.path.islink(full) or file in ("", ".", ".."):  # noqa: PTH114
-            full = os.path.realpath(full)
-        if not full.startswith(self.root.rstrip(os.sep) + os.sep):
-            raise UserError(
-                f"{place_of(self.table, number)}: image {short(name)} is outside {self.root}",
-                "keep the images, not links to them, in the table's folder",
-            )
-        if not os.path.isfile(full):  # noqa: PTH113
-            raise UserError(f"{place_of(self.table, number)}: no image {short(name)}", f"looked in {self.root}")
-        return Path(full)
-
-
-def fit_image(row: Row, height_px: int, width_px: int) -> Tensor:
-    """(3, height_px, width_px) fp32 in [0, 1]: the largest centred part of that shape, resized (bicubic, antialiased).
-
-    Raises UserError for an image that cannot be used.
-    """
-    image = _decode(row)
-    scale = min(image.width / width_px, image.height / height_px)  # pixels of the image for one of the result
-    width, height = width_px * scale, height_px * scale
-    left, top = (image.width - width) / 2, (image.height - height) / 2
-    box = (left, top, left + width, top + height)
-    fitted = image.resize((width_px, height_px), Image.Resampling.BICUBIC, box)
-    return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).float().div_(255)
-
-
-def image_size(row: Row) -> tuple[int, int]:
-    """(height, width) in pixels of an image as it is shown; reads its header alone.  Raises UserError."""
-    with _opened(row) as image:
-        turned = image.getexif().get(ORIENTATION) in (5, 6, 7, 8)
-        return (image.width, image.height) if turned else (image.height, image.width)
-
-
-def exact_image(row: Row, height_px: int, width_px: int) -> Tensor:
-    """(3, height_px, width_px) fp32 in [0, 1], every pixel as it is in the file.  Raises UserError for another size."""
-    image = _decode(row)
-    if image.size != (width_px, height_px):
-        raise UserError(f"{row.place}: image {row.image.name} has changed while it was used", "start again")
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div_(255)
-
-
-@contextlib.contextmanager
-def _opened(row: Row) -> Iterator[Image.Image]:
-    """An image of a format and size that can be used.  Whatever goes wrong inside is told with the row."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our limit is lower, and an error
-            opened = Image.open(row.image, formats=IMAGE_FORMATS)
-        with opened as image:
-            if image.width * image.height > MAX_IMAGE_PIXELS:
-                raise ValueError(f"{image.width}x{image.height} px is more than {MAX_IMAGE_PIXELS} pixels")
-            if image.mode[0] in "IF":
-                raise ValueError("more than 8 bits a channel")
-            yield image
-    except Exception as error:  # decoders raise whatever a broken file makes them
-        raise UserError(
-            f"{row.place}: image {row.image.name} cannot be used: {short(str(error))}", "replace it or drop the row"
-        ) from None
-
-
-def _decode(row: Row) -> Image.Image:
-    """The image upright, in RGB, transparent parts on white."""
-    with _opened(row) as image:
-        upright = ImageOps.exif_transpose(image)
-        if "A" in upright.getbands() or "transparency" in upright.info:
-            white = Image.new("RGBA", upright.size, "white")
-            upright = Image.alpha_composite(white, upright.convert("RGBA"))
-        return upright.convert("RGB")

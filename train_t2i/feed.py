@@ -7,26 +7,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from train_t2i.config import Settings
-from train_t2i.data import Order, Row, batch_indices, fit_image, load_rows
+from train_t2i.config import EDIT_FAMILIES, Settings, seen_side, source_counts
+from train_t2i.data import Sequenced, batch_indices
 from train_t2i.errors import UserError
+from train_t2i.families.base import Source
+from train_t2i.image_data import Images, Item, Rows
 from train_t2i.methods import Batch
-from train_t2i.pair_data import Item, Pairs, Wanted, open_pairs
+from train_t2i.pair_data import Wanted, open_pairs
 from train_t2i.prompt_cache import PromptCache
 from train_t2i.prompts import load_prompts
+from train_t2i.rows import Rejects, RowRules, load_rows
 
 LOOKED_UP = 1000  # prompts that are looked for in a cache before anything loads; the others when their turn comes
 
 
-class Prompts(Dataset[Item]):
-    reads_images = False
-
+class Prompts(Rows):
     def __init__(self, path: str, last: int = 0) -> None:
         """``last``: only the last so many; 0: all."""
         self.prompts = load_prompts(path)
@@ -35,45 +37,47 @@ class Prompts(Dataset[Item]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, row: int) -> Item:
-        return {"prompt": self.prompts[self.rows[row]]}
-
-
-class Images(Dataset[Item]):
-    """Image-text rows, scaled and centre-cropped to the run's size."""
-
-    reads_images = True
-
-    def __init__(self, path: str, size_px: tuple[int, int]) -> None:
-        self.rows: list[Row] = load_rows(path)
-        self.height_px, self.width_px = size_px
-
-    def __len__(self) -> int:
-        return len(self.rows)
+    def prompt(self, row: int) -> str:
+        return self.prompts[self.rows[row]]
 
     def __getitem__(self, row: int) -> Item:
-        return {
-            "prompt": self.rows[row].prompt,
-            "images": fit_image(self.rows[row], self.height_px, self.width_px),
-        }
+        return {"prompt": self.prompt(row)}
 
 
-def dataset_for(kind: str, settings: Settings) -> Prompts | Images | Pairs:
+def dataset_for(kind: str, settings: Settings, rejects: Rejects | None = None) -> Rows:
     """The data of a method (``Method.data``); of prompts those that the cache was made from, of which some are looked up.
 
-    Raises UserError for files that cannot be used.
+    Edit models take an image table for all of them.  Raises UserError for files that cannot be used.
     """
     run, method = settings.run, settings.method
-    if kind == "images":
-        return Images(run.data_path_train, settings.size_px)
     if kind == "pairs":
         wanted = Wanted(settings.size_px, method.max_pixels, method.max_row_steps, method.states_weight > 0)
         return open_pairs(run.data_path_train, wanted)
+    if kind == "images" or run.model_family in EDIT_FAMILIES:
+        return images_for(kind, settings, rejects)
     if run.prompt_cache is None:
         return Prompts(run.data_path_train)
     cache = PromptCache(run.prompt_cache)
     data = Prompts(run.data_path_train, cache.max_size)
-    cache.need([data[row]["prompt"] for row in range(0, len(data), max(1, len(data) // LOOKED_UP))])
+    cache.need([data.prompt(row) for row in range(0, len(data), max(1, len(data) // LOOKED_UP))])
+    return data
+
+
+def images_for(kind: str, settings: Settings, rejects: Rejects | None) -> Images:
+    """The rows of an image table, with targets where the method learns from them."""
+    run, targets = settings.run, kind == "images"
+    buckets, varies = (settings.method.enable_bucket, settings.method.random_hw_adapt) if targets else (False, False)
+    rules = RowRules(
+        root=run.train_data_dir,
+        targets=targets,
+        sources=source_counts(run.model_family),
+        source_sides_px=(run.source_size, seen_side(run)),
+        headers=buckets,
+    )
+    rows = load_rows(run.data_path_train, rules, rejects)
+    told = rejects.settle(Path(run.data_path_train), len(rows) + len(rejects.bad)) if rejects else ""
+    data = Images(rows, settings.size_px, buckets=buckets, varies=varies, seed=run.seed)
+    data.told = told
     return data
 
 
@@ -81,21 +85,19 @@ def dataset_for(kind: str, settings: Settings) -> Prompts | Images | Pairs:
 class Feed:
     """Batches of this process by sample index."""
 
-    dataset: Any
+    dataset: Rows
     seed: int
     batch_size: int
     accumulate: int = 1
     rank: int = 0
     world: int = 1
     num_workers: int = 0
-    chunk_size: int = 0  # rows that share a size, where sizes differ; 0: as many as a micro-batch has
 
     @property
-    def order(self) -> Any:
-        """Sample index -> row."""
-        if isinstance(self.dataset, Pairs):
-            return self.dataset.order(self.seed, self.chunk_size or self.batch_size)
-        return Order(len(self.dataset), self.seed)
+    def order(self) -> Sequenced:
+        """Sample index -> row.  All rows of a tick can share a batch: processes do equal work, and any number of them
+        that keeps the global batch keeps the order."""
+        return self.dataset.order(self.seed, self.global_batch)
 
     @property
     def global_batch(self) -> int:
@@ -105,7 +107,7 @@ class Feed:
     def ticks(self, samples_seen: int) -> Iterator[list[Batch]]:
         """The micro-batches of each tick, for ever, from the sample ``samples_seen`` on."""
         loader = DataLoader(
-            _Ordered(self.dataset, self.order),
+            _Ordered(self.dataset, self.order, self.global_batch),
             batch_sampler=_Indices(self, samples_seen),
             collate_fn=_to_batch,
             num_workers=self.num_workers,
@@ -134,14 +136,16 @@ class _Indices:
 class _Ordered(Dataset[Item]):
     """Sample index -> item."""
 
-    dataset: Any
-    order: Any
+    dataset: Rows
+    order: Sequenced
+    chunk_size: int
 
     def __getitem__(self, sample_index: int) -> Item:
         """A UserError is handed on as a value: a reading process would wrap it in its traceback."""
         try:
             row = self.order.index_at(sample_index)
-            return {"index": sample_index, "row": row, **self.dataset[row]}
+            item = self.dataset.item(row, sample_index // self.chunk_size)
+            return {"index": sample_index, "row": row, **item}
         except UserError as error:
             return {"index": sample_index, "error": (error.message, error.hint, error.exit_code)}
 
@@ -166,6 +170,7 @@ def _to_batch(items: list[Item]) -> Batch | UserError:
     return Batch(
         indices=listed("index"),
         prompts=listed("prompt"),
+        sources=[[Source(*both) for both in sources] for sources in listed("sources")],
         rows=listed("row"),
         images=stacked("images"),
         seeds=listed("seed"),

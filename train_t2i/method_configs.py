@@ -74,7 +74,6 @@ class DirectConfig:
     max_pixels: int = flag(
         0, "images of their own sizes, of at most so many pixels each, batched by size; 0: all of --resolution", low=0
     )
-    num_workers: int = flag(4, "processes that read images, where the data is a table of them", resume="free", low=0)
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,12 @@ class SFTConfig:
     )
     cache_rows: bool = flag(False, "keep every row's latent and conditioning in memory after its first use")
     vae_mini_batch: int = flag(0, "images that the VAE encodes at once; 0: all of a micro-batch", resume="warn", low=0)
-    num_workers: int = flag(4, "processes that read images", resume="free", low=0)
+    enable_bucket: bool = flag(
+        False, "images keep about their own proportions, at the area of --resolution, and are batched by size"
+    )
+    random_hw_adapt: bool = flag(
+        False, "with --enable-bucket: one batch of ten has smaller sides, down to 512 pixels, drawn by --seed"
+    )
 
 
 @dataclass(frozen=True)

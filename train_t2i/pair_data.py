@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,16 +19,17 @@ from typing import Any
 import safetensors
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from train_t2i.data import Order, Row, exact_image, image_size, load_rows
+from train_t2i.data import Sequenced, order_of
 from train_t2i.errors import UserError
+from train_t2i.image_data import Item, Rows
+from train_t2i.pictures import exact_image, image_size
+from train_t2i.rows import Row, load_rows
 from train_t2i.tables import place_of, records, short
 
 COLUMNS = ("image", "prompt", "seed", "rand_device", "num_inference_steps", "cfg_scale", "height", "width")
 SETTINGS = "pairs.json"
 TABLE = "metadata.csv"
-Item = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,20 +101,16 @@ def _device(value: Any, place: str) -> str:
     return device
 
 
-class Pairs(Dataset[Item]):
+class Pairs(Rows):
     """What both kinds share."""
 
     starts: list[Start]
-    reads_images = False
 
     def __len__(self) -> int:
         return len(self.starts)
 
-    def order(self, seed: int, batch_size: int) -> Any:
-        return Order(len(self), seed)
-
-    def check(self, latent_shape: tuple[int, int, int], size_multiple: int, grid: Tensor) -> None:
-        """Raises UserError where the run's latents, sizes or times are others than the data's."""
+    def prompt(self, row: int) -> str:
+        return self.starts[row].prompt
 
 
 class StoredPairs(Pairs):
@@ -142,7 +139,9 @@ class StoredPairs(Pairs):
             self.grid = file.get_tensor("grid") if wanted.states else torch.empty(0)
             self.latent_shape: tuple[int, int, int] = tuple(file.get_slice("latents").get_shape()[1:])
 
-    def check(self, latent_shape: tuple[int, int, int], size_multiple: int, grid: Tensor) -> None:
+    def settle(
+        self, latent_shape: tuple[int, int, int], size_multiple: int, grid: Tensor, max_side_px: int | None = None
+    ) -> None:
         if self.latent_shape != latent_shape:
             raise UserError(
                 f"{self.folder}: latents of shape {self.latent_shape}, this run needs {latent_shape}",
@@ -183,16 +182,18 @@ class ImagePairs(Pairs):
         self.wanted = wanted
         self.starts = read_starts(Path(path), wanted.max_row_steps)
         self.rows: list[Row] = load_rows(path)
-        self.sizes_px = [image_size(row) for row in self.rows]
+        self.sizes_px = [image_size(row.target, row.place) for row in self.rows]
 
-    def check(self, latent_shape: tuple[int, int, int], size_multiple: int, grid: Tensor) -> None:
+    def settle(
+        self, latent_shape: tuple[int, int, int], size_multiple: int, grid: Tensor, max_side_px: int | None = None
+    ) -> None:
         for row, size in zip(self.rows, self.sizes_px, strict=True):
             self._check_size(row, size, size_multiple)
 
     def _check_size(self, row: Row, size_px: tuple[int, int], multiple: int) -> None:
         """An image that would be scaled or cropped is no longer what its noise leads to."""
         height, width = size_px
-        told = f"{row.place}: image {row.image.name} has {width}x{height} pixels"
+        told = f"{row.place}: image {row.target.name} has {width}x{height} pixels"
         limit = self.wanted.max_pixels
         if not limit and size_px != self.wanted.size_px:
             wanted = "x".join(str(side) for side in reversed(self.wanted.size_px))
@@ -204,37 +205,13 @@ class ImagePairs(Pairs):
         if height % multiple or width % multiple:
             raise UserError(f"{told}, not multiples of {multiple}: it would have to be cropped", "render other sizes")
 
-    def order(self, seed: int, batch_size: int) -> Any:
-        sizes = sorted(set(self.sizes_px))
-        if len(sizes) < 2:
-            return Order(len(self), seed)
-        return BucketOrder([sizes.index(size) for size in self.sizes_px], batch_size, seed)
+    def order(self, seed: int, chunk_size: int) -> Sequenced:
+        return order_of(self.sizes_px, chunk_size, seed)
 
     def __getitem__(self, row: int) -> Item:
-        return self.starts[row].item() | {"images": exact_image(self.rows[row], *self.sizes_px[row])}
-
-
-class BucketOrder:
-    """Rows in chunks of ``chunk_size`` that share a bucket, every chunk at its place in a permutation of all chunks.
-
-    A pure function of (seed, sample index), as ``Order``.  A bucket's last chunk is filled up with its first rows.
-    """
-
-    def __init__(self, buckets: Sequence[int], chunk_size: int, seed: int) -> None:
-        self.chunk_size = chunk_size
-        self.rows: list[list[int]] = [[] for _ in range(max(buckets) + 1)]
-        for row, bucket in enumerate(buckets):
-            self.rows[bucket].append(row)
-        chunks = [(bucket, i) for bucket, rows in enumerate(self.rows) for i in range(-(-len(rows) // chunk_size))]
-        self.chunks = chunks
-        self.of_chunks = Order(len(chunks), seed)
-        self.inside = [Order(len(rows), seed) for rows in self.rows]
-
-    def index_at(self, sample_index: int) -> int:
-        place, position = divmod(sample_index, self.chunk_size)
-        bucket, chunk = self.chunks[self.of_chunks.index_at(place)]
-        rows, epoch = self.rows[bucket], place // len(self.chunks)
-        return rows[self.inside[bucket].index_at(epoch * len(rows) + (chunk * self.chunk_size + position) % len(rows))]
+        return self.starts[row].item() | {
+            "images": exact_image(self.rows[row].target, self.rows[row].place, *self.sizes_px[row])
+        }
 
 
 def open_pairs(path: str, wanted: Wanted) -> StoredPairs | ImagePairs:

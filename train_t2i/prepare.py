@@ -19,7 +19,6 @@ from train_t2i.errors import UserError
 from train_t2i.feed import Feed, dataset_for
 from train_t2i.methods import METHODS
 from train_t2i.networks import Networks, Role
-from train_t2i.pair_data import Pairs
 from train_t2i.prompt_cache import CachedText, PromptCache
 from train_t2i.rates import rate, steps_of
 from train_t2i.resume import (
@@ -27,13 +26,13 @@ from train_t2i.resume import (
     check_length,
     check_resumable,
     check_rows,
-    check_sizes,
     find_checkpoint,
     kept_batch,
     owns,
     restore,
     told_of_start,
 )
+from train_t2i.rows import Rejects
 from train_t2i.run import Run, State, StopRequest
 from train_t2i.sheet import SampleSheet, sheet_prompts
 from train_t2i.watchdog import Watchdog
@@ -76,12 +75,13 @@ def prepare(settings: Settings, folder: RunFolder, engine: Engine, stop: StopReq
     build.check_started(settings, engine.backend_name)
     found = build.check_rewards(settings.method)
     build.check_initial(cfg)
-    data = dataset_for(kind.data, settings)
+    data = dataset_for(
+        kind.data, settings, Rejects(folder.root / "rejected.jsonl", cfg.max_bad_fraction, writes=engine.is_main)
+    )
     batch = cfg.batch_size, cfg.gradient_accumulation_steps
     if resume_from and continues:
         check_rows(record, len(data), resume_from)
         batch = kept_batch(cfg, record, engine.world)
-        check_sizes(settings, record, batch[0])
         told += told_of_batch(record, engine, batch)
     first_step = record["first_step"] if continues else record["step"]
     settings = with_length(settings, len(data), math.prod(batch) * engine.world, first_step)
@@ -95,8 +95,8 @@ def prepare(settings: Settings, folder: RunFolder, engine: Engine, stop: StopReq
     shape = build.latent_shape(family, settings.size_px)
     if resume_from and not continues:
         check_grid(cfg, family, record, resume_from)
-    if isinstance(data, Pairs):
-        data.check(shape, family.size_multiple, family.path.grid(cfg.sample_num_steps))
+    data.settle(shape, family.size_multiple, family.path.grid(cfg.sample_num_steps), family.max_side_px)
+    found += [data.told] if data.told else []
     found += told_of_start(cfg, family)
     networks = build.assemble(
         settings, family, uses=kind.uses, trains=kind.trains, dtype=engine.dtype, place=engine.place,
@@ -112,8 +112,8 @@ def prepare(settings: Settings, folder: RunFolder, engine: Engine, stop: StopReq
     found.append(trained_parameters(networks))  # counted before they are shared out
     for role in kind.trains:
         networks.prepare(role, engine.prepare, adam_settings(settings, role))
-    workers = settings.method.num_workers if data.reads_images else 0
-    feed = Feed(data, cfg.seed, *batch, engine.rank, engine.world, workers, cfg.batch_size)
+    workers = cfg.num_workers if data.reads_images else 0
+    feed = Feed(data, cfg.seed, *batch, engine.rank, engine.world, workers)
     quiet_log = log.RunLog(folder.root, method.columns, is_main=False)
     run = Run(settings, folder, engine, networks, method, feed, quiet_log, SampleSheet.none(), State(), stop, watch)
     if resume_from:

@@ -10,7 +10,7 @@ import torch
 
 from train_t2i import __version__, build
 from train_t2i.checkpoint import RECORDS, Part, RunFolder, run_of
-from train_t2i.config import Config, DirectConfig, Settings, fields_of, resolved_layout
+from train_t2i.config import Config, Settings, fields_of, resolved_layout
 from train_t2i.engine import RoleState
 from train_t2i.errors import UserError
 from train_t2i.families import Family
@@ -190,21 +190,6 @@ def kept_batch(cfg: Config, record: dict[str, Any], world: int) -> tuple[int, in
     return micro, own // micro
 
 
-def check_sizes(settings: Settings, record: dict[str, Any], micro: int) -> None:
-    """Refuse to go on with images of several sizes where batches would be cut otherwise than they were.
-
-    ``--batch-size`` rows share a size, in the order that follows from it; ``micro`` rows of a process must be a part of them.
-    """
-    then, now = record["settings"]["batch_size"], settings.run.batch_size
-    if not isinstance(settings.method, DirectConfig) or not settings.method.max_pixels:
-        return
-    if then != now or now % micro:
-        raise UserError(
-            f"--max-pixels: this run's batches of one size have {then} rows, these processes would take {micro} at a time",
-            f"set --batch-size {then}, and launch processes among whom the global batch divides into parts of it",
-        )
-
-
 def owns(folder: RunFolder, path: Path) -> bool:
     """Whether a checkpoint is this run's own: then the run is continued, else a stage starts from it."""
     return run_of(path).root.resolve() == folder.root.resolve()
@@ -279,4 +264,6 @@ def restore(run: Run, path: Path) -> None:
         run.engine.load_role(role, saved)
     skipped = dict(record["skipped_by_role"]) if continues else {}
     first_step = record["first_step"] if continues else record["step"]
-    run.state = State(Clock(record["tick"], record["step"]), record["samples_seen"], first_step, skipped)
+    batch = run.feed.global_batch  # of a stage its own; it starts at a whole one
+    samples = -(-record["samples_seen"] // batch) * batch
+    run.state = State(Clock(record["tick"], record["step"]), samples, first_step, skipped)

@@ -19,8 +19,9 @@ from tqdm import tqdm
 
 import rewards
 from train_t2i import storage
-from train_t2i.data import Row, fit_image, load_rows
 from train_t2i.errors import UserError
+from train_t2i.pictures import fit_image
+from train_t2i.rows import Row, load_rows
 from train_t2i.student import default_device
 
 if TYPE_CHECKING:
@@ -129,7 +130,7 @@ class Scorers:
         features = []
         for first in tqdm(range(0, len(self.rows), REFERENCE_BATCH), unit="batch", desc="reference"):
             rows = self.rows[first : first + REFERENCE_BATCH]
-            features.append(self.features(torch.stack([fit_image(row, *size_px) for row in rows])))
+            features.append(self.features(torch.stack([fit_image(row.target, row.place, *size_px) for row in rows])))
         return torch.cat(features)
 
     def _reference_key(self, size_px: tuple[int, int]) -> str:
@@ -147,9 +148,9 @@ def weights_digest(tower: Any) -> str:
 
 def _image_digest(row: Row) -> bytes:
     try:
-        return hashlib.blake2b(row.image.read_bytes(), digest_size=16).digest()
+        return hashlib.blake2b(row.target.read_bytes(), digest_size=16).digest()
     except OSError as error:
-        raise UserError(f"{row.place}: image {row.image.name} cannot be read ({error.strerror})") from None
+        raise UserError(f"{row.place}: image {row.target.name} cannot be read ({error.strerror})") from None
 
 
 def read_features(path: Path, count: int) -> Tensor | None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +15,7 @@ from torch import Tensor
 from train_t2i.config import Settings
 from train_t2i.engine import Engine
 from train_t2i.families.base import Cond
+from train_t2i.image_data import Rows
 from train_t2i.log import RunLog, grid_image, to_pil
 from train_t2i.methods import Method
 from train_t2i.networks import Networks
@@ -26,12 +26,12 @@ from train_t2i.sampling import many_step
 SHEET_SEED = 20_240_607  # apart from every training stream
 
 
-def sheet_prompts(settings: Settings, data: Any) -> list[str]:
+def sheet_prompts(settings: Settings, data: Rows) -> list[str]:
     """The prompts of the sample images: the first of their own file, or of the training data."""
     run = settings.run
     if run.sample_prompts:
         return load_prompts(run.sample_prompts)[: run.batch_size_test]
-    return [data[row]["prompt"] for row in range(min(run.batch_size_test, len(data)))] if run.sample_steps else []
+    return [data.prompt(row) for row in range(min(run.batch_size_test, len(data)))] if run.sample_steps else []
 
 
 @dataclass

@@ -156,7 +156,7 @@ def empty_batch(settings: Settings, networks: Networks) -> Batch:
     latents = torch.empty(rows, *shape, device=META)
     states = torch.empty(rows, run.sample_num_steps - 1, *shape, device=META)
     return Batch(
-        count, ["a prompt"] * rows, count, images, seeds=count, rand_devices=["cpu"] * rows,
+        count, ["a prompt"] * rows, rows=count, images=images, seeds=count, rand_devices=["cpu"] * rows,
         num_steps=[run.sample_num_steps] * rows, latents=latents, states=states,
     )  # fmt: skip
 
