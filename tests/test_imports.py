@@ -58,6 +58,7 @@ ANNEXES = {
     "cli": "config",
     "flags": "config",
     "rates": "config",
+    "entries": "config",
     "gmflow": "policies",
     "policy_head": "policies",
     "method_configs": "config",
