@@ -73,7 +73,7 @@ def prepare(settings: Settings, folder: RunFolder, engine: Engine, stop: StopReq
     continues = resume_from is not None and owns(folder, resume_from)
     check_trains(settings, record["step"])
     build.check_started(settings, engine.backend_name)
-    found = build.check_rewards(settings.method)
+    found = [*engine.told, *build.check_rewards(settings.method)]
     build.check_initial(cfg)
     data = dataset_for(
         kind.data, settings, Rejects(folder.root / "rejected.jsonl", cfg.max_bad_fraction, writes=engine.is_main)
