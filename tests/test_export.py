@@ -169,6 +169,21 @@ def test_the_weights_are_the_masters_in_the_format_that_is_asked_for(runs, tmp_p
         assert torch.equal(loaded[key], master.to(DTYPES[dtype])), key
 
 
+def test_what_was_not_trained_is_the_bases(runs, tmp_path, images_table, sdxl_folder):
+    """A checkpoint of some modules holds no more than those."""
+    from safetensors.torch import load_file
+
+    run = runs("some", f"--data-path-train {images_table} --trainable-modules mid_block,conv_out", "sft")
+    file = "unet/diffusion_pytorch_model.safetensors"
+    saved = load_file(export(run, tmp_path / "p", "--dtype bf16") / file)
+    masters, base = tiny_runs.weights(run, 2), load_file(sdxl_folder / file)
+    assert {key.split(".")[0] for key in masters} == {"mid_block", "conv_out"}
+    assert base.keys() == saved.keys()
+    for key, tensor in saved.items():
+        assert torch.equal(tensor, masters.get(key, base[key]).bfloat16()), key
+    assert all(not torch.equal(masters[key], base[key]) for key in masters)
+
+
 def small_pipeline():
     """Of one network, with a table of whole numbers beside its weights."""
     from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
