@@ -62,11 +62,17 @@ make_tiny_data() { # EXTRA ARGUMENTS...: what the tiny column names and nobody h
   mkdir -p -- "$folder"
   ( # nodes that share the folder, one at a time; the lock ends with this subshell
     ! command -v flock >/dev/null 2>&1 || flock 9
-    [[ -e "$folder/prompts.txt" ]] || tiny_prompts "$folder/prompts.txt"
     for argument in "${ARGUMENTS[@]}"; do # pairs of tiny-sdxl, pairs_NAME of another
-      [[ "$argument" == "--data-path-train=$folder/pairs"* ]] || continue
-      pairs="${argument#--data-path-train=}"
-      [[ -e "$pairs/metadata.csv" ]] || tiny_pairs "$pairs" "$folder/prompts.txt" 768 "$(sed 's/.*pairs_*//' <<<"$pairs")"
+      case "$argument" in
+        "--data-path-train=$folder/edits/metadata.json") [[ -e "$folder/edits" ]] || tiny_edits "$folder/edits" ;;
+        "--data-path-train=$folder/images/metadata.csv") [[ -e "$folder/images" ]] || tiny_images "$folder/images" ;;
+        "--data-path-train=$folder/"*)
+          [[ -e "$folder/prompts.txt" ]] || tiny_prompts "$folder/prompts.txt"
+          [[ "$argument" == "--data-path-train=$folder/pairs"* ]] || continue
+          pairs="${argument#--data-path-train=}"
+          [[ -e "$pairs/metadata.csv" ]] || tiny_pairs "$pairs" "$folder/prompts.txt" 768 "$(sed 's/.*pairs_*//' <<<"$pairs")"
+          ;;
+      esac
     done
   ) 9>"$folder/.tiny_data.lock"
 }

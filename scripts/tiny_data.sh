@@ -9,6 +9,18 @@ tiny_prompts() { # FILE: complete or absent
   mv -- "$1.part" "$1"
 }
 
+tiny_images() { # FOLDER: pictures and metadata.csv, complete or absent
+  rm -rf -- "$1.part"
+  "$PYTHON" -m shapes.scenes render --split train --count 2000 --seed 1 --out "$1.part"
+  mv -- "$1.part" "$1"
+}
+
+tiny_edits() { # FOLDER: pictures before and after, and metadata.json, complete or absent
+  rm -rf -- "$1.part"
+  "$PYTHON" -m shapes.edits render --split train --count 2000 --seed 1 --out "$1.part"
+  mv -- "$1.part" "$1"
+}
+
 tiny_teacher() { # FAMILY: sets TEACHER, the flags that say which model it is and what it is told, and TEACHER_CFG
   TEACHER=(--pretrained-model "$SETUP_ROOT/checkpoints/tiny-${1//_/-}" --resolution 64)
   TEACHER_CFG="$TINY_GUIDANCE"

@@ -143,6 +143,22 @@ def _counted(rank: int) -> Iterator[None]:
         yield
 
 
+def _asked(**environ: str) -> Callable[[int], Any]:
+    """What accelerate's launcher would have set."""
+
+    @contextmanager
+    def fault(rank: int) -> Iterator[None]:
+        with mock.patch.dict(os.environ, environ):
+            yield
+
+    return fault
+
+
+def _zero_file(stage: int) -> Callable[[int], Any]:
+    file = Path(__file__).parents[1] / "config" / f"zero_stage{stage}_config.json"
+    return _asked(ACCELERATE_USE_DEEPSPEED="true", ACCELERATE_DEEPSPEED_CONFIG_FILE=str(file))
+
+
 class Traffic:
     """What goes through torch.distributed, by the whole tensor of each call: what is reduced, and what is gathered."""
 
@@ -190,6 +206,14 @@ FAULTS = {
     "no_common_disk": _no_common_disk,
     "saved_again": _saved_again,
     "counted": _counted,
+    "zero_stage2_file": _zero_file(2),
+    "zero_stage3_file": _zero_file(3),
+    "fsdp_flags": _asked(
+        ACCELERATE_USE_FSDP="true",
+        FSDP_VERSION="1",
+        FSDP_SHARDING_STRATEGY="FULL_SHARD",
+        FSDP_TRANSFORMER_CLS_TO_WRAP="BasicTransformerBlock,ResnetBlock2D",
+    ),
 }
 
 

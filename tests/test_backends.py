@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import tiny
+import tiny_runs
 import torch
 from flow_models import save_flow
 from launched import Plan, launch
@@ -33,6 +34,12 @@ CASES = {
     "paired_lora": ("dmdr", "--use-lora-gen --layout paired_lora", 1),
     "separate": ("dmdr", "--layout separate --lora-rank 32 --gradient-checkpointing", 1),
     "eight_bit": ("sft", "--use-8bit-adam", 1),
+    # an optimizer that moves by the clipped gradient itself: m / (sqrt(v) + 1) is m where gradients are small
+    "clipped": (
+        "sft",
+        "--learning-rate-gen 1 --adam-epsilon 1 --adam-weight-decay 0 --lr-warmup-steps 0 --max-grad-norm 1e-3",
+        1,
+    ),
     "flux": (
         "dmdr",
         "--pretrained-model {flux} --text-length 24 --use-lora-gen --sample-num-steps 2 --sample-type ode",
@@ -56,6 +63,7 @@ CASES = {
         1,
     ),
 }
+LAUNCHER = {"fsdp2": "fsdp_flags", "zero2": "zero_stage2_file", "zero3": "zero_stage3_file"}
 RESUMED = ("shared", "eight_bit", "arcflow")  # fmt: skip
 
 
@@ -105,6 +113,9 @@ class World:
         for layout, lora in LAYOUTS_COUNTED[self.backend].items():
             flags = f"--layout {layout} {lora} --backend {self.backend} --batch-size 1"
             plans.append(Plan(f"{layout}-counted", self.trainer.arguments(f"{layout}-counted", flags), "counted"))
+        if self.backend in LAUNCHER:
+            asked = [*self.arguments("clipped", "asked", self.processes), "--backend", "auto"]
+            plans.append(Plan("asked", asked, LAUNCHER[self.backend]))
         plans.append(Plan("skips", self.arguments("paired", "skips", self.processes), "not_finite"))
         return plans
 
@@ -154,6 +165,36 @@ def test_the_clip_and_the_warm_up_act(world):
     lines = tiny.log_lines(world.root / "paired")
     assert all(line["grad_norm"] > 0.05 for line in lines)
     assert [line["lr"] for line in lines] == [5e-4, 1e-3]
+
+
+def test_a_step_is_no_longer_than_the_clip(world):
+    """Whatever the backend says of its norm: what is measured is how far the weights went."""
+    weights = "accelerator_1/model.safetensors"
+    before, after = (dict(tiny.checkpoint_files(world.root / "clipped", step))[weights] for step in (1, 2))
+    moved = torch.stack([(after[key] - before[key]).double().norm() for key in after]).norm()
+    assert tiny.log_lines(world.root / "clipped")[1]["grad_norm"] > 1e-2
+    assert 0.9e-3 < moved < 1.01e-3
+
+
+def test_a_launchers_own_settings_make_the_same_run(world):
+    """A DeepSpeed file or FSDP's flags, with --backend auto."""
+    if world.backend not in LAUNCHER:
+        pytest.skip("accelerate has no settings of plain data parallelism")
+    record = torch.load(tiny_runs.record(world.root / "asked", 2), weights_only=True)
+    assert record["backend"] == world.backend
+    assert_close(world.root / "asked", world.alone("clipped"))
+
+
+def test_an_export_is_the_masters_in_half_the_bits(world, tmp_path):
+    """A checkpoint has one form, whatever made it."""
+    from train_t2i.__main__ import main
+
+    run, out = world.root / "clipped", tmp_path / "p"
+    assert main(["export", str(run), "--out", str(out), "--dtype", "bf16", "--max-shard-size", "300KB"]) == 0
+    exported = {key: t for file in (out / "unet").glob("*.safetensors") for key, t in load_file(file).items()}
+    masters = dict(tiny.checkpoint_files(run, 2))["accelerator_1/model.safetensors"]
+    assert exported.keys() == masters.keys()
+    assert all(torch.equal(exported[key], masters[key].bfloat16()) for key in masters)
 
 
 def test_an_eight_bit_optimizer_trains_as_on_one_process(world):

@@ -34,7 +34,7 @@ OUT_OF_RANGE = [
     "--cold-start-iter -1", "--dynamic-step -1", "--gen-b 0", "--gui-b -1", "--reward-clip-weight -1",
     "--dmd-weight -1", "--batch-size-test 0", "--teacher-num-steps 0", "--teacher-cfg 0",
     "--mixed-precision fp8", "--base-quant int4", "--layout pair", "--method magic", "--model-family sd9", "--s-type-gui normal",
-    "--lr-scheduler linear", "--use-lora-gen maybe", "--report-to nowhere", "--report-to ''",
+    "--lr-scheduler quadratic", "--use-lora-gen maybe", "--report-to nowhere", "--report-to ''",
     "--resolution 0", "--resolution -64", "--resolution 64x", "--resolution 64x64x64", "--resolution big",
     "--resolution 60", "--resolution 64x20", "--resolution ²",
 ]  # fmt: skip
@@ -145,6 +145,9 @@ INERT = [  # the flag, beside what it does nothing, beside what it acts
     ("--momentum-rate 0.5", f"{ARC} --num-components 1", [ARC]),
     ("--negative-prompt ugly", f"{ARC} --distill-cfg 1 --teacher-cfg 1", [ARC, f"{ARC} --distill-cfg 1"]),
     ("--sample-type ode", "--method sft", []),
+    ("--lr-num-cycles 2", "--lr-scheduler cosine", ["--lr-scheduler cosine_with_restarts"]),
+    ("--lr-power 2", "", ["--lr-scheduler polynomial --learning-rate-gen 1e-5 --learning-rate-gui 1e-5"]),
+    ("--num-train-epochs 2", ARC, ["--method sft", "--method direct"]),
     ("--lora-targets to_q", "--method direct", ["--method direct --use-lora-gen", "", "--method sft --use-lora-gen"]),
     ("--srpo on", "--clip-reward-model x", ["--hpsv2-reward-model x"]),
     ("--srpo-k 0.2", "--hpsv2-reward-model x", ["--hpsv2-reward-model x --srpo on"]),

@@ -15,9 +15,8 @@ from tiny_runs import record, stopped_at, weights
 
 from train_t2i import build
 from train_t2i.config import Config, DMDRConfig, Settings
-from train_t2i.engine import AdamSettings, Engine
+from train_t2i.engine import AdamSettings, Engine, Flags
 from train_t2i.engine.adam import LossScale
-from train_t2i.engine.processes import chosen_backend
 from train_t2i.errors import EXIT_USER, UserError
 from train_t2i.prepare import learning_rate
 
@@ -60,7 +59,7 @@ def test_a_stage_warms_up_from_its_own_first_step_also_when_it_is_continued(trai
 
 def engine_of(precision: str = "no", max_grad_norm: float = 1.0, **adam):
     parameter = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
-    engine = Engine(precision, max_grad_norm)
+    engine = Engine(Flags(precision, max_grad_norm))
     settings = AdamSettings(0.1, (0.9, 0.999), 1e-8, 0.0, False)
     engine.prepare("generator", torch.nn.Module(), {"p": parameter}, settings)
     return engine, parameter
@@ -128,28 +127,13 @@ def test_half_precision_trains_and_resumes(trainer, precision):
 def test_a_launch_that_starts_too_few_processes_is_refused(monkeypatch):
     """accelerate launch --cpu --num_processes 2 starts one and says nothing."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
-    Engine("no", 1.0)
+    Engine(Flags())
     monkeypatch.setenv("MASTER_PORT", "29500")
     with pytest.raises(UserError, match="starts one"):
-        Engine("no", 1.0)
+        Engine(Flags())
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="2 processes but 1"):
-        Engine("no", 1.0)
-
-
-def test_the_backend_is_the_flag_or_what_the_launchers_config_asks_for(monkeypatch):
-    assert chosen_backend("auto") == "ddp"
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    assert [chosen_backend(name) for name in ("auto", "zero2")] == ["fsdp2", "zero2"]
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    Engine("no", 1.0)  # leaves the launcher's word as it is
-    assert chosen_backend("auto") == "zero2"
-    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
-    assert chosen_backend("auto") == "zero3"
-    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "1")
-    with pytest.raises(UserError, match="ZeRO stage 1"):
-        chosen_backend("auto")
+        Engine(Flags())
 
 
 def test_quantised_weights_are_refused_on_the_backend_of_the_launchers_config(trainer, one_thread_before_a_fork):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shlex
 
@@ -145,6 +146,113 @@ def test_half_precision(runs, tmp_path):
     size = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
     full = sum(file.stat().st_size for file in export(runs("one"), tmp_path / "full").rglob("*.safetensors"))
     assert size < 0.6 * full
+
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_weights_are_the_masters_in_the_format_that_is_asked_for(runs, tmp_path, images_table, dtype):
+    """Of supervised training in full, in shards whose index stock diffusers follows."""
+    from diffusers import UNet2DConditionModel
+
+    run = runs("sft", f"--data-path-train {images_table} --teacher-num-steps 4 --teacher-cfg 3", "sft")
+    folder = export(run, tmp_path / "p", f"--dtype {dtype} --max-shard-size 300KB") / "unet"
+    weights = json.loads((folder / "diffusion_pytorch_model.safetensors.index.json").read_text())["weight_map"]
+    assert len(set(weights.values())) > 1
+    assert all((folder / file).stat().st_size < 400_000 for file in weights.values())
+    masters = tiny_runs.weights(run, 2)
+    loaded = UNet2DConditionModel.from_pretrained(folder, torch_dtype=DTYPES[dtype]).state_dict()
+    assert masters.keys() == loaded.keys() == weights.keys()
+    for key, master in masters.items():
+        assert master.dtype == torch.float32
+        assert torch.equal(loaded[key], master.to(DTYPES[dtype])), key
+
+
+def test_what_was_not_trained_is_the_bases(runs, tmp_path, images_table, sdxl_folder):
+    """A checkpoint of some modules holds no more than those."""
+    from safetensors.torch import load_file
+
+    run = runs("some", f"--data-path-train {images_table} --trainable-modules mid_block,conv_out", "sft")
+    file = "unet/diffusion_pytorch_model.safetensors"
+    saved = load_file(export(run, tmp_path / "p", "--dtype bf16") / file)
+    masters, base = tiny_runs.weights(run, 2), load_file(sdxl_folder / file)
+    assert {key.split(".")[0] for key in masters} == {"mid_block", "conv_out"}
+    assert base.keys() == saved.keys()
+    for key, tensor in saved.items():
+        assert torch.equal(tensor, masters.get(key, base[key]).bfloat16()), key
+    assert all(not torch.equal(masters[key], base[key]) for key in masters)
+
+
+def small_pipeline():
+    """Of one network, with a table of whole numbers beside its weights."""
+    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+    net = UNet2DModel(
+        sample_size=8, block_out_channels=(8, 8), norm_num_groups=4, layers_per_block=1,
+        down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, add_attention=False,
+    )  # fmt: skip
+    net.register_buffer("table", torch.arange(300))
+    return DDPMPipeline(net, DDPMScheduler())
+
+
+def test_whole_numbers_stay_whole_numbers(tmp_path):
+    from safetensors.torch import load_file
+
+    from train_t2i.export import write_folder
+
+    pipe = small_pipeline()
+    pipe.to(torch.bfloat16)
+    write_folder(pipe, {}, tmp_path / "p", denoiser="unet", max_shard_size="10GB")
+    table = load_file(tmp_path / "p" / "unet" / "diffusion_pytorch_model.safetensors")["table"]
+    assert table.dtype == torch.int64
+    assert torch.equal(table, torch.arange(300))
+
+
+@pytest.mark.parametrize("damage", ["a value", "a name", "the index", "an end"])
+def test_what_is_written_wrong_does_not_get_its_name(tmp_path, monkeypatch, damage):
+    from pathlib import Path
+
+    from diffusers import UNet2DModel
+    from safetensors.torch import load_file, save_file
+
+    from train_t2i.errors import EXIT_DISK, UserError
+    from train_t2i.export import write_folder
+
+    save = UNet2DModel.save_pretrained
+
+    @functools.wraps(save)  # the pipeline looks at which options it takes
+    def damaged(self, folder, **options):
+        save(self, folder, **options)
+        index = Path(folder) / "diffusion_pytorch_model.safetensors.index.json"
+        content = json.loads(index.read_text())
+        first, last = sorted(set(content["weight_map"].values()))[:2]
+        if damage == "the index":
+            key = next(k for k, file in content["weight_map"].items() if file == first)
+            content["weight_map"][key] = last
+            index.write_text(json.dumps(content))
+            return
+        if damage == "an end":
+            (Path(folder) / first).write_bytes((Path(folder) / first).read_bytes()[:-1])
+            return
+        tensors = load_file(Path(folder) / first)
+        key, tensor = next((k, v) for k, v in tensors.items() if v.is_floating_point())
+        if damage == "a name":
+            tensors[key + ".other"] = tensors.pop(key)
+        else:
+            tensor.view(-1)[0] += 1
+        save_file(tensors, Path(folder) / first, metadata={"format": "pt"})
+
+    monkeypatch.setattr(UNet2DModel, "save_pretrained", damaged)
+    with pytest.raises(UserError, match="not written as they are") as caught:
+        write_folder(small_pipeline(), {}, tmp_path / "p", denoiser="unet", max_shard_size="4KB")
+    assert caught.value.exit_code == EXIT_DISK
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("size", ["80", "big", "0GB", "-1GB", "5 PB"])
+def test_a_size_that_is_none(runs, capsys, size):
+    assert f"--max-shard-size {size}: not a size" in refused(capsys, runs("one"), f"--max-shard-size={size}")
 
 
 def test_the_default_folder_is_in_the_run(runs):

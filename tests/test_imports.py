@@ -57,6 +57,8 @@ ROOMS = {
 ANNEXES = {
     "cli": "config",
     "flags": "config",
+    "rates": "config",
+    "entries": "config",
     "gmflow": "policies",
     "policy_head": "policies",
     "method_configs": "config",

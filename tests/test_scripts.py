@@ -15,8 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from test_entries import PUBLISHED
 
 from train_t2i import cli
+from train_t2i.entries import translate
 
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCHERS = sorted((ROOT / "scripts" / "single_node").glob("*.sh"))
@@ -32,7 +34,8 @@ def launched(
     echo = cwd / "echo_arguments"
     echo.write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$@"\necho "${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-}" >&2\n')
     echo.chmod(0o755)
-    for made in ("prompts.txt", "pairs/metadata.csv") if data else ():  # a tiny launcher makes what is missing
+    tiny = ("prompts.txt", "pairs/metadata.csv", "images/metadata.csv", "edits/metadata.json")
+    for made in tiny if data else ():  # a tiny launcher makes what is missing
         (cwd / "runs" / made).parent.mkdir(parents=True, exist_ok=True)
         (cwd / "runs" / made).touch()
     setup = cwd / "setup_stub.sh"
@@ -198,6 +201,22 @@ def test_the_lines_users_know_work_from_their_folder(line: str) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert yaml.safe_load(done.stdout)["exp_name"] == Path(line).stem
+
+
+@pytest.mark.parametrize("backend", ["ddp", "zero2", "zero3", "fsdp2"])
+def test_published_edit_recipe(backend: str, tmp_path: Path) -> None:
+    """The launcher of each published launch says what its line does, as the script of its name takes it."""
+    launcher = str(ROOT / "scripts" / "single_node" / f"train_qwen_image_edit_{backend}.sh")
+    done = launched([launcher], tmp_path, NUM_PROCESSES="2")
+    assert f"scripts/accelerate/{backend}.yaml" in done.stdout
+    ours = cli.parse(arguments_of([launcher], tmp_path)).as_dict()
+    line = cli.parse(translate(PUBLISHED, {})[0]).as_dict()
+    differ = {name for name in ours if ours[name] != line[name]}
+    assert differ == {
+        "pretrained_model", "model_family", "train_data_dir", "output_dir", "exp_name", "trainable_modules", "sample_steps",
+    }  # fmt: skip
+    assert (ours["pretrained_model"], ours["trainable_modules"]) == ("Qwen/Qwen-Image-Edit", "")
+    assert Path(ours["train_data_dir"]) == Path(line["train_data_dir"])
 
 
 COLD_START = str(ROOT / "scripts" / "single_node" / "cold_start_sdxl.sh")

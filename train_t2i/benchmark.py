@@ -26,7 +26,7 @@ from train_t2i import build
 from train_t2i.cli import parse_verb
 from train_t2i.config import LAYOUTS, Config, DMDRConfig, Settings, flag
 from train_t2i.config_checks import check
-from train_t2i.engine import DTYPES, AdamSettings, Engine
+from train_t2i.engine import DTYPES, AdamSettings, Engine, Flags
 from train_t2i.errors import EXIT_DISK, EXIT_DONE, UserError
 from train_t2i.feed import Feed, Prompts
 from train_t2i.full_size import random_sdxl, random_vit_h_14
@@ -120,7 +120,7 @@ def settings_of(config: BenchmarkConfig, layout: str, checkpointing: bool) -> Se
 
 def prepare(config: BenchmarkConfig, layout: str, checkpointing: bool) -> Bench:
     settings = settings_of(config, layout, checkpointing)
-    engine = Engine(config.mixed_precision, 1.0)
+    engine = Engine(Flags(config.mixed_precision))
     watch = Stopwatch(engine.device)
     if config.size == "sdxl":
         family: Any = random_sdxl(engine.dtype, checkpoint_decoder=checkpointing)

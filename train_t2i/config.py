@@ -15,6 +15,7 @@ from typing import Any
 from train_t2i.errors import UserError
 from train_t2i.flags import flag
 from train_t2i.method_configs import METHOD_CONFIGS, ArcFlowConfig, DirectConfig, DMDRConfig, SFTConfig
+from train_t2i.rates import SCHEDULERS
 
 __all__ = ["METHOD_CONFIGS", "ArcFlowConfig", "Config", "DMDRConfig", "DirectConfig", "SFTConfig", "Settings", "flag"]
 
@@ -105,8 +106,12 @@ class Config:
     sample_prompts: str | None = flag(None, "file of prompts for the sample images (default: the first)", resume="free")
     # -- optimisation
     learning_rate_gen: float = flag(1e-7, "learning rate of the generator", low=0)
-    lr_scheduler: str = flag("constant", "shape of the rates over --max-train-steps", choices=("constant", "cosine"))
+    lr_scheduler: str = flag(
+        "constant", "shape of the rates over --max-train-steps, after the warm-up", choices=SCHEDULERS
+    )
     lr_warmup_steps: int = flag(0, "steps over which the rates rise from 0", low=0)
+    lr_num_cycles: int = flag(1, "falls of --lr-scheduler cosine_with_restarts", low=1)
+    lr_power: float = flag(1.0, "power of --lr-scheduler polynomial", above=0)
     adam_beta1: float = flag(0.9, "AdamW", low=0, below=1)
     adam_beta2: float = flag(0.999, "AdamW", low=0, below=1)
     adam_epsilon: float = flag(1e-8, "AdamW", low=0)
@@ -123,6 +128,9 @@ class Config:
     output_dir: str = flag("runs", "folder of runs", resume="free")
     exp_name: str = flag("dmdr", "name of this run's folder", resume="free")
     max_train_steps: int = flag(3000, "generator updates in all", resume="free", low=1)
+    num_train_epochs: int = flag(
+        0, "passes over the data (sft, direct) instead of --max-train-steps; 0: that decides", resume="free", low=0
+    )
     sample_steps: int = flag(100, "sample images every so many steps; 0: never", resume="free", low=0)
     checkpoint_steps: int = flag(500, "save every so many steps; 0: only at the end", resume="free", low=0)
     checkpoint_minutes: float = flag(0.0, "save every so many minutes too; 0: never", resume="free", low=0)

@@ -25,6 +25,7 @@ from train_t2i.config import (
     reward_weights,
 )
 from train_t2i.errors import UserError
+from train_t2i.rates import LOWEST
 from train_t2i.sizes import side_divisors
 
 Values = Any  # every setting of a run by name, its layout resolved
@@ -105,6 +106,9 @@ UNIFORM_GUI = ("with --s-type-gui uniform", "set --s-type-gui beta or logit_norm
 # Flags that act only beside others.  A part that is switched off for a while by a flag of its own (--sample-steps 0,
 # --dmd-weight 0, --cold-start-iter at the last step, a reward's weight 0) does not make its settings wrong.
 CONDITIONAL = (
+    Acts("lr_num_cycles", lambda v: v.lr_scheduler == "cosine_with_restarts", "without restarts", "set --lr-scheduler cosine_with_restarts"),
+    Acts("lr_power", lambda v: v.lr_scheduler == "polynomial", "without a power", "set --lr-scheduler polynomial"),
+    Acts("num_train_epochs", lambda v: v.method in ("direct", "sft"), "with prompts, of which each is seen once at most", "set --max-train-steps"),
     Acts("sample_num_steps", lambda v: v.method != "sft", "with --method sft", "set --teacher-num-steps"),
     Acts("sample_type", lambda v: v.method != "arcflow", "with --method arcflow, whose steps have ways of their own", "take dmdr or direct"),
     Acts("sample_type", _few_steps, *ONE_STEP),
@@ -187,6 +191,7 @@ def check(settings: Settings) -> None:
             f"--exp-name {run.exp_name!r}: not a plain folder name", "name one folder; --output-dir says where it lies"
         )
     check_backend(settings, run.backend)
+    _check_length(settings)
     _check_student(run)
     _check_targets(run.lora_targets)
     if isinstance(settings.method, DMDRConfig):
@@ -248,6 +253,22 @@ def check_acts(settings: Settings) -> None:
     for rule in CONDITIONAL:
         if rule.name in fields and given[rule.name] != fields[rule.name].default and not rule.when(values):
             raise UserError(f"{_flag(rule.name)} does nothing {rule.otherwise}", f"leave it out, or {rule.way_out}")
+
+
+def _check_length(settings: Settings) -> None:
+    run, method = settings.run, settings.method
+    if run.num_train_epochs and run.max_train_steps != Config().max_train_steps:
+        raise UserError("--num-train-epochs and --max-train-steps both say how long to train", "give one")
+    if run.lr_scheduler != "polynomial":
+        return
+    rates = {"--learning-rate-gen": run.learning_rate_gen}
+    if isinstance(method, DMDRConfig):
+        rates["--learning-rate-gui"] = method.learning_rate_gui
+    for name, value in rates.items():
+        if value <= LOWEST:
+            raise UserError(
+                f"{name} {value}: --lr-scheduler polynomial ends at {LOWEST}", "set it higher, or take linear"
+            )
 
 
 def _check_student(run: Config) -> None:

@@ -2,13 +2,15 @@
 
 The folder holds everything: the generator with its LoRA merged in fp32, text encoders, tokenizers, VAE, and a scheduler
 whose config alone makes ``DiffusionPipeline.from_pretrained(DIR)(prompt, num_inference_steps=N, ...)`` visit the
-student's own times.  ``recommended.json`` has the call: N, guidance, size, text length.
+student's own times.  ``recommended.json`` has the call: N, guidance, size, text length.  The denoiser is read back and
+compared bit by bit before the folder gets its name.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     from train_t2i.student import ImageModel
 
 FORMATS = ("pipeline",)
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?) *(KB|MB|GB|TB)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,7 @@ class ExportConfig(RunChoice):
     pretrained_model: str | None = flag(None, "where the run's base model lies now, if it has moved")
     vae: str | None = flag(None, "VAE to use instead of the run's")
     dtype: str = flag("fp32", "number format of the saved weights", choices=("fp32", "fp16", "bf16"))
+    max_shard_size: str = flag("10GB", "most bytes of a weights file: a number and KB, MB, GB or TB")
 
 
 def merge_adapters(net: nn.Module) -> nn.Module:
@@ -97,12 +102,51 @@ def build_pipeline(model: ImageModel) -> tuple[Any, dict[str, Any]]:
     return pipe, recommended
 
 
-def write_folder(pipe: Any, recommended: dict[str, Any], out: Path, code: str = "") -> None:
-    """The folder, complete or absent; with the ``code`` that it is sampled with, where that is not diffusers' own."""
+def written_wrong(net: nn.Module, folder: Path) -> list[str]:
+    """Names of what the weights files of ``folder`` have otherwise than ``net``, bit for bit, or in another file than their
+    index says; a file that cannot be read is named itself.  Each is read once, a tensor at a time."""
+    import torch
+    from safetensors import SafetensorError, safe_open
+
+    def bits(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+
+    expected, index = net.state_dict(), folder / f"{WEIGHTS}.index.json"
+    places: dict[str, str] = dict.fromkeys(expected, WEIGHTS)
+    if index.exists():
+        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    wrong = sorted(places.keys() ^ expected.keys())
+    for name in sorted(set(places.values())):
+        listed = {key for key, place in places.items() if place == name}
+        try:
+            with safe_open(folder / name, framework="pt") as file:
+                held = set(file.keys())
+                wrong += sorted(held ^ listed)
+                for key in sorted(held & listed & expected.keys()):
+                    tensor, ours = file.get_tensor(key), expected[key]
+                    alike = (tensor.shape, tensor.dtype) == (ours.shape, ours.dtype)
+                    if not alike or not torch.equal(bits(tensor), bits(ours)):
+                        wrong.append(key)
+        except SafetensorError:
+            wrong.append(name)
+    return wrong
+
+
+def write_folder(
+    pipe: Any, recommended: dict[str, Any], out: Path, code: str = "", *, denoiser: str, max_shard_size: str
+) -> None:
+    """The folder, complete or absent, with the weights of the part ``denoiser`` read back; with the ``code`` that it is
+    sampled with, where that is not diffusers' own."""
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        pipe.save_pretrained(temporary)
+        pipe.save_pretrained(temporary, max_shard_size=max_shard_size)
+        if wrong := written_wrong(getattr(pipe, denoiser), temporary / denoiser):
+            raise UserError(
+                f"--out {out}: {len(wrong)} tensors were not written as they are, first {wrong[0]}",
+                "is the disk sound? export to another",
+                EXIT_DISK,
+            )
         text = json.dumps(recommended, indent=1) + "\n"
         (temporary / "recommended.json").write_text(text, encoding="utf-8")
         if code:
@@ -123,8 +167,15 @@ def refuse_existing(out: Path) -> None:
         raise UserError(f"--out {out}: is already there", "choose another folder, or remove it")
 
 
+def check_size(text: str) -> None:
+    match = SIZE.fullmatch(text.strip())
+    if match is None or float(match[1]) == 0:
+        raise UserError(f"--max-shard-size {text}: not a size", "e.g. 10GB")
+
+
 def main(arguments: Sequence[str]) -> int:
     config = parse_verb(ExportConfig, "export", arguments)
+    check_size(config.max_shard_size)
     if config.to not in FORMATS:
         raise UserError(f"--to {config.to}: not available", f"available: {', '.join(FORMATS)}")
     if len(config.runs) != 1:
@@ -145,7 +196,10 @@ def main(arguments: Sequence[str]) -> int:
     if config.dtype != "fp32":
         pipe.to({"fp16": torch.float16, "bf16": torch.bfloat16}[config.dtype])
     needs_code = model.settings.run.method == "arcflow"
-    write_folder(pipe, recommended, out, pipeline_file(type(pipe)) if needs_code else "")
+    code = pipeline_file(type(pipe)) if needs_code else ""
+    write_folder(
+        pipe, recommended, out, code, denoiser=model.family.denoiser_name, max_shard_size=config.max_shard_size
+    )
     call = ", ".join(f"{name}={value!r}" for name, value in recommended.items())
     print(f"{out}: pipe(prompt, {call})")
     if needs_code:

@@ -7,6 +7,7 @@ import math
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ from train_t2i.feed import Feed, dataset_for
 from train_t2i.methods import METHODS
 from train_t2i.networks import Networks, Role
 from train_t2i.prompt_cache import CachedText, PromptCache
+from train_t2i.rates import rate, steps_of
 from train_t2i.resume import (
     check_grid,
+    check_length,
     check_resumable,
     check_rows,
     find_checkpoint,
@@ -39,15 +42,22 @@ START: dict[str, Any] = {"step": 0, "manifest": {}}  # what a run without a chec
 
 
 def learning_rate(settings: Settings, role: Role, step: int, first_step: int = 0) -> float:
-    """A pure function of the step: warm-up from the stage's first step, then constant or a cosine to 0 at its last."""
+    """A pure function of the step, counted from the stage's first: see rates.py."""
     run = settings.run
     base = run.learning_rate_gen if role == "generator" else settings.method.learning_rate_gui
-    step, total = step - first_step, run.max_train_steps - first_step
-    warm = min(1.0, (step + 1) / run.lr_warmup_steps) if run.lr_warmup_steps else 1.0
-    if run.lr_scheduler == "constant":
-        return base * warm
-    progress = (step - run.lr_warmup_steps) / max(1, total - run.lr_warmup_steps)
-    return base * warm * 0.5 * (1 + math.cos(math.pi * min(max(progress, 0.0), 1.0)))
+    return rate(
+        base, step - first_step, run.max_train_steps - first_step, run.lr_scheduler, run.lr_warmup_steps,
+        run.lr_num_cycles, run.lr_power,
+    )  # fmt: skip
+
+
+def with_length(settings: Settings, rows: int, global_batch: int, first_step: int) -> Settings:
+    """``--num-train-epochs`` as the step that a stage ends at, now that its rows and processes are known."""
+    run = settings.run
+    if not run.num_train_epochs:
+        return settings
+    last = first_step + steps_of(run.num_train_epochs, rows, global_batch)
+    return replace(settings, run=replace(run, max_train_steps=last))
 
 
 def prepare(settings: Settings, folder: RunFolder, engine: Engine, stop: StopRequest, watch: Watchdog) -> Run:
@@ -60,22 +70,30 @@ def prepare(settings: Settings, folder: RunFolder, engine: Engine, stop: StopReq
             f"the processes do not find the same checkpoint in {folder.root}",
             "put --output-dir on a disk that all machines share",
         )
+    continues = resume_from is not None and owns(folder, resume_from)
     check_trains(settings, record["step"])
     build.check_started(settings, engine.backend_name)
-    found = build.check_rewards(settings.method)
+    found = [*engine.told, *build.check_rewards(settings.method)]
     build.check_initial(cfg)
     data = dataset_for(
         kind.data, settings, Rejects(folder.root / "rejected.jsonl", cfg.max_bad_fraction, writes=engine.is_main)
     )
-    if resume_from and owns(folder, resume_from):
+    batch = cfg.batch_size, cfg.gradient_accumulation_steps
+    if resume_from and continues:
         check_rows(record, len(data), resume_from)
+        batch = kept_batch(cfg, record, engine.world)
+        told += told_of_batch(record, engine, batch)
+    first_step = record["first_step"] if continues else record["step"]
+    settings = with_length(settings, len(data), math.prod(batch) * engine.world, first_step)
+    if resume_from:
+        check_length(settings, record, resume_from, continues)
     asked = sheet_rows(settings, data)
     if cfg.prompt_cache:
         PromptCache(cfg.prompt_cache).need([*asked[0], getattr(settings.method, "negative_prompt", "")])
 
     family = build.build_family(cfg, engine.dtype).to(engine.device)
     shape = build.latent_shape(family, settings.size_px)
-    if resume_from and not owns(folder, resume_from):
+    if resume_from and not continues:
         check_grid(cfg, family, record, resume_from)
     data.settle(shape, family.size_multiple, family.path.grid(cfg.sample_num_steps), family.max_side_px)
     found += [data.told] if data.told else []
@@ -95,17 +113,13 @@ def prepare(settings: Settings, folder: RunFolder, engine: Engine, stop: StopReq
     for role in kind.trains:
         networks.prepare(role, engine.prepare, adam_settings(settings, role))
     workers = cfg.num_workers if data.reads_images else 0
-    batch = cfg.batch_size, cfg.gradient_accumulation_steps
-    if resume_from and owns(folder, resume_from):
-        batch = kept_batch(cfg, record, engine.world)
-        told += told_of_batch(record, engine, batch)
     feed = Feed(data, cfg.seed, *batch, engine.rank, engine.world, workers)
     quiet_log = log.RunLog(folder.root, method.columns, is_main=False)
     run = Run(settings, folder, engine, networks, method, feed, quiet_log, SampleSheet.none(), State(), stop, watch)
     if resume_from:
         restore(run, resume_from)
     # what comes after the checkpoint is written again; without one of its own, everything is
-    first_tick = run.state.clock.tick + 1 if resume_from and owns(folder, resume_from) else 0
+    first_tick = run.state.clock.tick + 1 if continues else 0
     if engine.is_main:
         log.cut_logs(folder.root, first_tick)
     run.log = make_log(run, first_tick)

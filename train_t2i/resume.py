@@ -17,6 +17,7 @@ from train_t2i.families import Family
 from train_t2i.methods import METHODS
 from train_t2i.methods.base import Clock
 from train_t2i.networks import Role, export_adapter
+from train_t2i.rates import DECAYS
 from train_t2i.run import Run, State
 
 STAGE_FIELDS = ("model_family", "use_lora_gen", "lora_rank", "lora_targets", "layout", "sample_num_steps")
@@ -114,25 +115,39 @@ def check_resumable(settings: Settings, path: Path, folder: RunFolder) -> tuple[
     then["model_family"] = now["model_family"] if then["model_family"] == "auto" else then["model_family"]
     fields = fields_of(settings.run.method)
     changed = [name for name in fields if name in then and then[name] != now[name]]
+    if settings.run.num_train_epochs and "max_train_steps" in changed:
+        changed.remove("max_train_steps")  # not known yet: check_length
     told = {name: f"{name}: checkpoint={then[name]!r} now={now[name]!r}" for name in changed}
     if owns(folder, path):
         fatal = [name for name in changed if fields[name].metadata["resume"] == "fatal"]
-        if settings.run.lr_scheduler == "cosine" and "max_train_steps" in changed:
-            fatal.append("max_train_steps")  # the rates depend on it
         fix = "set them back, or start a new --exp-name from this checkpoint"
-        told = {name: line for name, line in told.items() if fields[name].metadata["resume"] != "free" or name in fatal}
+        told = {name: line for name, line in told.items() if fields[name].metadata["resume"] != "free"}
         fatal = [name for name in fatal if name not in BATCH_FIELDS]  # checked as a whole: global_batch_kept
     else:
         fatal = [name for name in changed if name in _stage_fields(settings.run, then)]
         fix = "these must match"
     if fatal:
         raise UserError(f"--resume-ckpt {path}: settings differ: {'; '.join(told[name] for name in fatal)}", fix)
-    if record["step"] >= settings.run.max_train_steps and not owns(folder, path):
+    return record, list(told.values())
+
+
+def check_length(settings: Settings, record: dict[str, Any], path: Path, continues: bool) -> None:
+    """Refuse another last step where the rates depend on it, and a stage that would have no step.
+
+    Apart from ``check_resumable`` since ``--num-train-epochs`` are steps only when the data is known.
+    """
+    run, then = settings.run, record["settings"]["max_train_steps"]
+    if continues and run.max_train_steps != then and run.lr_scheduler in DECAYS:
         raise UserError(
-            f"--max-train-steps {settings.run.max_train_steps}: {path} has them already",
+            f"--resume-ckpt {path}: settings differ: max_train_steps: checkpoint={then} now={run.max_train_steps}, "
+            f"and --lr-scheduler {run.lr_scheduler} depends on it",
+            "set it back, or start a new --exp-name from this checkpoint",
+        )
+    if not continues and record["step"] >= run.max_train_steps:
+        raise UserError(
+            f"--max-train-steps {run.max_train_steps}: {path} has them already",
             f"set it above {record['step']}: steps are counted through the stages",
         )
-    return record, list(told.values())
 
 
 def check_rows(record: dict[str, Any], rows: int, path: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from train_t2i import build, cli, peers
 from train_t2i.checkpoint import RunFolder
 from train_t2i.config import Settings
-from train_t2i.engine import Engine
+from train_t2i.engine import Engine, Flags
 from train_t2i.errors import EXIT_DISK, EXIT_DONE, EXIT_NON_FINITE, EXIT_PREEMPTED, UserError
 from train_t2i.networks import Role
 from train_t2i.prepare import learning_rate, prepare
@@ -128,7 +128,8 @@ def main(arguments: Sequence[str]) -> int:
     rank = int(os.environ.get("RANK", "0"))  # the meeting of the processes is watched already
     watch = Watchdog(folder.root, cfg.hang_seconds, rank)
     with peers.told_when_lost(), StopRequest() as stop, watch:
-        engine = Engine(cfg.mixed_precision, cfg.max_grad_norm, cfg.backend, longest_wait_s(cfg.hang_seconds))
+        flags = Flags(cfg.mixed_precision, cfg.max_grad_norm, cfg.batch_size, cfg.gradient_accumulation_steps)
+        engine = Engine(flags, cfg.backend, longest_wait_s(cfg.hang_seconds))
         watch.met()
         with folder.lock() if engine.is_main else contextlib.nullcontext():
             return train(settings, folder, engine, stop, watch)

@@ -6,6 +6,7 @@ the agreement of all processes on a non-finite update, which is skipped as a who
 
 from __future__ import annotations
 
+import os
 import random
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -20,12 +21,13 @@ from torch import Tensor, nn
 
 from train_t2i.engine import average, state
 from train_t2i.engine.adam import AdamSettings, LossScale, set_rate
+from train_t2i.engine.asked import Flags, asked
 from train_t2i.engine.backends import FSDP2, Backend, Replicated
-from train_t2i.engine.processes import chosen_backend, start_processes
+from train_t2i.engine.processes import start_processes
 from train_t2i.engine.state import RoleState
 from train_t2i.engine.zero import ZeRO
 
-__all__ = ["DTYPES", "AdamSettings", "Engine", "PartialState", "RoleState", "StepReport"]
+__all__ = ["DTYPES", "AdamSettings", "Engine", "Flags", "PartialState", "RoleState", "StepReport"]
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -41,15 +43,19 @@ class StepReport:
 class Engine:
     """Device, processes, precision, and the optimizers of the trained roles."""
 
-    def __init__(self, mixed_precision: str, max_grad_norm: float, backend: str = "auto", wait_s: float = 1800) -> None:
-        """``wait_s``: how long a collective waits for the other processes before it raises."""
+    def __init__(self, flags: Flags, backend: str = "auto", wait_s: float = 1800) -> None:
+        """``wait_s``: how long a collective waits for the other processes before it raises.
+
+        Raises UserError where the launcher asks for what these flags contradict, or for what is not done here.
+        """
         self.state = start_processes(timedelta(seconds=wait_s))
         self.device = self.state.device
         self.rank, self.world = self.state.process_index, self.state.num_processes
-        self.dtype = DTYPES[mixed_precision]
-        self.max_grad_norm = max_grad_norm
+        self.dtype = DTYPES[flags.mixed_precision]
+        self.max_grad_norm = flags.max_grad_norm
+        self.asked = asked(backend, flags, self.world, os.environ)
         # one process has nothing to share: plain training is the same sums without the machinery
-        self.backend_name = chosen_backend(backend) if self.world > 1 else "ddp"
+        self.backend_name = self.asked.backend if self.world > 1 else "ddp"
         self.backend = self._make_backend()
         self.scales: dict[str, LossScale] = {}
         self._bad: dict[str, Tensor] = {}
@@ -58,12 +64,17 @@ class Engine:
         if self.backend_name == "ddp":
             return Replicated(self.device, self.world)
         if self.backend_name == "fsdp2":
-            return FSDP2(self.device, self.world, self.dtype)
-        return ZeRO(self.device, int(self.backend_name[-1]), self.max_grad_norm)
+            return FSDP2(self.device, self.world, self.dtype, self.asked.blocks)
+        return ZeRO(self.device, int(self.backend_name[-1]), self.max_grad_norm, self.asked.deepspeed)
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def told(self) -> tuple[str, ...]:
+        """What a person should know of what the launcher asked for."""
+        return self.asked.told
 
     @property
     def calls_need_all(self) -> bool:

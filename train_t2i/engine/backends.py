@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from train_t2i.engine.adam import AdamSettings, make_adam
+from train_t2i.engine.asked import check_blocks
 from train_t2i.engine.state import Piece
 
 
@@ -147,8 +148,10 @@ class FSDP2(_Plain):
 
     sharded = True
 
-    def __init__(self, device: torch.device, world: int, dtype: torch.dtype) -> None:
+    def __init__(self, device: torch.device, world: int, dtype: torch.dtype, named: Sequence[str] = ()) -> None:
+        """``named``: blocks that the launcher names, which the networks must have."""
         super().__init__(device, world)
+        self.blocks_named = tuple(named)
         self.mesh = init_device_mesh(device.type, (world,))
         low = None if dtype == torch.float32 else dtype
         # Times and latents stay fp32 on their way in; autocast is around the call
@@ -156,6 +159,7 @@ class FSDP2(_Plain):
         self.roots: list[FSDPModule] = []
 
     def place(self, net: nn.Module, blocks: Sequence[str]) -> None:
+        check_blocks(self.blocks_named, blocks)
         for module in _innermost_first(net, blocks):
             fully_shard(module, mesh=self.mesh, mp_policy=self.precision)
         fully_shard(net, mesh=self.mesh, mp_policy=self.precision)

@@ -26,22 +26,6 @@ def start_processes(timeout: timedelta) -> PartialState:
     return state
 
 
-def chosen_backend(backend: str) -> str:
-    """What ``auto`` stands for: the backend of accelerate's launcher (its config file), plain data parallelism without one."""
-    if backend != "auto":
-        return backend
-    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
-        return "fsdp2"
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
-        stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
-        if stage not in ("2", "3"):
-            raise UserError(
-                f"this launch asks for DeepSpeed with ZeRO stage {stage}", "use stage 2 or 3, or no DeepSpeed"
-            )
-        return f"zero{stage}"
-    return "ddp"
-
-
 def _on_cpu() -> bool:
     """accelerate has to be told: else processes that torchrun starts without an accelerator each believe to be alone."""
     asked = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "on")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,9 +23,13 @@ KEPT_WHOLE = 5_000  # elements: stage 3 leaves smaller tensors on every process,
 class ZeRO:
     sharded: bool
 
-    def __init__(self, device: torch.device, stage: int, max_grad_norm: float) -> None:
+    def __init__(
+        self, device: torch.device, stage: int, max_grad_norm: float, more: Mapping[str, Any] | None = None
+    ) -> None:
+        """``more``: DeepSpeed's own settings from a user's file (asked.py)."""
         self.deepspeed = _deepspeed(device)
         self.device, self.stage, self.max_grad_norm = device, stage, max_grad_norm
+        self.more: Mapping[str, Any] = more or {}
         self.sharded = stage == 3
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         self.engines: dict[str, Any] = {}
@@ -45,18 +49,19 @@ class ZeRO:
         return engine
 
     def _config(self) -> dict[str, Any]:
+        """The user's settings over the defaults, below what the trainer itself decides."""
+        on_gpu = self.device.type != "cpu"
+        more = dict(self.more.get("zero_optimization", {}))
+        zero = {"overlap_comm": on_gpu, "stage3_param_persistence_threshold": KEPT_WHOLE} | more
         return {
+            "steps_per_print": None,
+            **self.more,
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
             "gradient_clipping": self.max_grad_norm,
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
-            "steps_per_print": None,
-            "zero_optimization": {
-                "stage": self.stage,
-                "overlap_comm": self.device.type != "cpu",
-                "stage3_param_persistence_threshold": KEPT_WHOLE,
-            },
+            "zero_optimization": zero | {"stage": self.stage, "overlap_comm": on_gpu and zero["overlap_comm"]},
         }
 
     def backward(self, role: str, loss: Tensor, scale: float, last: bool) -> None:
