@@ -76,6 +76,21 @@ qwen_image() { # STEPS: Qwen-Image at 1024
   setting text-length        512   -
 }
 
+qwen_image_edit() { # STEPS: Qwen-Image-Edit-2509 at 1024; the data is a table of edits (docs/methods.md), whose targets nobody reads
+  GUIDANCE=4 TEACHER_GUIDANCE=2
+  setting pretrained-model   Qwen/Qwen-Image-Edit-2509  "$CHECKPOINTS/tiny-qwen-image-edit"
+  setting resolution         1024  64
+  setting source-size        1024  64
+  setting source-seen-size   384   64
+  setting sample-num-steps   "$1"
+  setting shift              3.2
+}
+
+edits() { # after the rows of a stage
+  setting data-path-train    datasets/internal_datasets/metadata.json  "${OUTPUT_DIR:-runs}/edits/metadata.json"
+  setting num-workers        4     0
+}
+
 teacher_images() { # of the sample sheets, for methods that have a teacher at hand
   setting teacher-cfg  "$GUIDANCE"  "$TEACHER_GUIDANCE"
 }

@@ -54,7 +54,7 @@ check_count() { # VARIABLE VALUE: before it is reckoned with, since bash would e
 }
 
 make_tiny_data() { # EXTRA ARGUMENTS...: what the tiny column names and nobody has made; nothing where the caller names other data
-  local folder="${OUTPUT_DIR:-runs}" argument pairs
+  local folder="${OUTPUT_DIR:-runs}" argument pairs prompts
   [[ "$TINY" == 1 && -z "${DATA_PATH_TRAIN+given}" ]] || return 0
   for argument in "$@"; do
     [[ ! "$argument" =~ ^(-h|--help|--dry[-_]run|--data[-_]path[-_]train) ]] || return 0
@@ -69,8 +69,12 @@ make_tiny_data() { # EXTRA ARGUMENTS...: what the tiny column names and nobody h
         "--data-path-train=$folder/"*)
           [[ -e "$folder/prompts.txt" ]] || tiny_prompts "$folder/prompts.txt"
           [[ "$argument" == "--data-path-train=$folder/pairs"* ]] || continue
-          pairs="${argument#--data-path-train=}"
-          [[ -e "$pairs/metadata.csv" ]] || tiny_pairs "$pairs" "$folder/prompts.txt" 768 "$(sed 's/.*pairs_*//' <<<"$pairs")"
+          pairs="${argument#--data-path-train=}" prompts="$folder/prompts.txt"
+          if [[ "$pairs" == *_edit ]]; then
+            [[ -e "$folder/edits" ]] || tiny_edits "$folder/edits"
+            prompts="$folder/edits/metadata.json"
+          fi
+          [[ -e "$pairs/metadata.csv" ]] || tiny_pairs "$pairs" "$prompts" 768 "$(sed 's/.*pairs_*//' <<<"$pairs")"
           ;;
       esac
     done

@@ -26,6 +26,7 @@ tiny_teacher() { # FAMILY: sets TEACHER, the flags that say which model it is an
   TEACHER_CFG="$TINY_GUIDANCE"
   case "$1" in
     sd3) TEACHER+=(--text-length 32) ;;
+    qwen_image_edit) TEACHER+=(--source-size 64 --source-seen-size 64) ;;
     flux) # guidance is a number that the network is told: no second call for it
       TEACHER+=(--guidance-embed "$TINY_GUIDANCE" --text-length 32)
       TEACHER_CFG=1
@@ -33,7 +34,7 @@ tiny_teacher() { # FAMILY: sets TEACHER, the flags that say which model it is an
   esac
 }
 
-tiny_pairs() { # FOLDER PROMPTS COUNT [FAMILY]: (noise, prompt, teacher latent); begun before, it goes on
+tiny_pairs() { # FOLDER PROMPTS COUNT [FAMILY]: (noise, prompt, teacher latent), of edits with sources; begun before, it goes on
   tiny_teacher "${4:-sdxl}"
   "$PYTHON" -m train_t2i pairs --out "$1" "${TEACHER[@]}" --cfg-scale "$TEACHER_CFG" --count "$3" --data-path-train "$2" \
     --num-inference-steps 25 --mixed-precision no --batch-size 64
