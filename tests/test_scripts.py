@@ -63,7 +63,7 @@ def arguments_of(command: list[str], cwd: Path, *, data: bool = True, **environm
 def test_every_launcher_is_a_valid_run(launcher: Path, tiny: str, tmp_path: Path) -> None:
     settings = cli.parse(arguments_of([str(launcher)], tmp_path, TINY=tiny))
     assert settings.run.exp_name == launcher.stem
-    sizes = {"_sd3_": "512", "direct_distill_qwen_image": "1328"}
+    sizes = {"_sd3_": "512", "qwen_image_edit": "1024", "direct_distill_qwen_image": "1328"}
     published = next((size for part, size in sizes.items() if part in f"{launcher.stem}_"), "1024")
     assert settings.run.resolution == ("64" if tiny == "1" else published)
 
