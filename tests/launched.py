@@ -32,8 +32,8 @@ def launch(root: Path, processes: int, plans: list[Plan]) -> list[dict[str, Any]
     file = root / "plan.json"
     file.write_text(json.dumps({"root": str(root), "runs": [[p.name, p.arguments, p.fault] for p in plans]}))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    repository = str(Path(__file__).parents[1])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": repository}
+    paths = os.pathsep.join(filter(None, (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": paths}
     done = subprocess.run(
         [*command, __file__, str(file)], env=environment, capture_output=True, text=True, timeout=1800, check=False
     )

@@ -34,10 +34,11 @@ CASES = {
     "paired_lora": ("dmdr", "--use-lora-gen --layout paired_lora", 1),
     "separate": ("dmdr", "--layout separate --lora-rank 32 --gradient-checkpointing", 1),
     "eight_bit": ("sft", "--use-8bit-adam", 1),
-    # an optimizer that moves by the clipped gradient itself: m / (sqrt(v) + 1) is m where gradients are small
+    # an optimizer that moves by the clipped gradient itself: g / (sqrt(v) + 1) is g where gradients are small
     "clipped": (
         "sft",
-        "--learning-rate-gen 1 --adam-epsilon 1 --adam-weight-decay 0 --lr-warmup-steps 0 --max-grad-norm 1e-3",
+        "--learning-rate-gen 1 --adam-beta1 0 --adam-epsilon 1 --adam-weight-decay 0 --lr-warmup-steps 0 "
+        "--max-grad-norm 1e-3",
         1,
     ),
     "flux": (
