@@ -99,3 +99,12 @@ def test_one_batch_of_ten_has_smaller_sides():
     assert set(drawn) == {1.0, 1.25, 1.5, 2.0}
     assert drawn == [side_divisor(1024.0, 3, chunk) for chunk in range(4000)]
     assert drawn != [side_divisor(1024.0, 4, chunk) for chunk in range(4000)]
+
+
+def test_proportions_count_and_not_their_differences():
+    buckets = [(256, 1024), (512, 512), (1024, 256)]
+    assert [nearest(size, buckets) for size in ((600, 1000), (1000, 600), (400, 1000))] == [
+        buckets[1],
+        buckets[1],
+        buckets[0],
+    ]
