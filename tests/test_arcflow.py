@@ -22,12 +22,13 @@ from torch import Tensor
 
 from train_t2i import build
 from train_t2i.__main__ import main
+from train_t2i.adapters import Replaced
 from train_t2i.config import ArcFlowConfig, Config, Settings
 from train_t2i.errors import UserError
 from train_t2i.families.flow import pack
 from train_t2i.methods.arcflow import LOSS_SCALE, ArcFlow
 from train_t2i.methods.base import Batch, Clock
-from train_t2i.networks import Networks, Replaced
+from train_t2i.networks import Networks
 from train_t2i.policies import match_window
 from train_t2i.randomness import Draw
 from train_t2i.schedule import power_decay, shift_time

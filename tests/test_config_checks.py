@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from train_t2i.__main__ import main
+from train_t2i.acting_flags import CONDITIONAL
 from train_t2i.cli import parse
 from train_t2i.config import METHOD_NAMES, fields_of
-from train_t2i.config_checks import CONDITIONAL
 from train_t2i.errors import EXIT_DONE, EXIT_USER
 
 # -- mistakes in flags -----------------------------------------------------------------------------------------------
@@ -234,7 +234,7 @@ def test_the_layout_that_auto_stands_for(flags, layout):
 
 def test_every_layout_can_be_chosen_and_timed():
     from train_t2i.benchmark import BenchmarkConfig
-    from train_t2i.networks import LAYOUTS
+    from train_t2i.config import LAYOUTS
 
     assert fields_of("dmdr")["layout"].metadata["choices"] == ("auto", *LAYOUTS)
     assert BenchmarkConfig().layouts.split(",") == list(LAYOUTS)

@@ -12,9 +12,10 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from flow_models import CALLS, CFG, FAMILIES, NEGATIVE, load_pipeline, save_flow
 from torch import Tensor
 
+from train_t2i.config import any_of
 from train_t2i.families import Cond, family_of, load_family
 from train_t2i.families.flow import pack, unpack
-from train_t2i.networks import Networks, any_of
+from train_t2i.networks import Networks
 from train_t2i.sampling import many_step
 
 PROMPTS = ["a small red circle", "a large blue square left of a small green cross, grey background"]

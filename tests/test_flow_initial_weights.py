@@ -17,10 +17,10 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from train_t2i.adapters import AdapterSpec, export_adapter
 from train_t2i.errors import UserError
 from train_t2i.families import load_family
 from train_t2i.initial_weights import load_generator_weights
-from train_t2i.networks import AdapterSpec, export_adapter
 
 RANK = 2
 
@@ -81,7 +81,7 @@ def test_the_lora_of_a_run(name: str, folders: dict[str, Path], tmp_path: Path) 
     nets = tiny.networks(family, "shared", rank=RANK)
     tiny.shake(nets.modules["base"])
     weights = {key: p.detach().clone() for key, p in nets.named_parameters("generator").items()}
-    files, config = export_adapter(nets, "generator", spec, weights)
+    files, config = export_adapter(nets.family, "generator", spec, weights)
     save_file(files["adapter_model"], tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     net = family.load(torch.float32)

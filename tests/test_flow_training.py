@@ -118,8 +118,8 @@ def test_flags_that_an_architecture_has_no_use_for_are_refused(
 
 
 def test_lora_targets_are_the_users_choice(folders: dict[str, Path]) -> None:
+    from train_t2i.adapters import add_adapter
     from train_t2i.build import adapter_specs
-    from train_t2i.networks import add_adapter
 
     run = settings_of(folders["sd3"]).run
     family = load_family("sd3", str(folders["sd3"]))
@@ -132,7 +132,7 @@ def test_lora_targets_are_the_users_choice(folders: dict[str, Path]) -> None:
 
 def test_a_layer_that_takes_no_lora_is_told_by_name(folders: dict[str, Path]) -> None:
     """What lies inside an adapted layer is no layer: a target that matches there too serves a second adapter."""
-    from train_t2i.networks import AdapterSpec, add_adapter
+    from train_t2i.adapters import AdapterSpec, add_adapter
 
     family = load_family("sd3", str(folders["sd3"]))
     net = family.load(torch.float32)

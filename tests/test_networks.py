@@ -14,11 +14,12 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from train_t2i.config import DMDRConfig
+from train_t2i.adapters import AdapterSpec, export_adapter
+from train_t2i.config import LAYOUTS, DMDRConfig
 from train_t2i.families import Cond, Family, load_family
 from train_t2i.methods import METHODS, Batch, Method, Setting
 from train_t2i.methods.base import Clock
-from train_t2i.networks import LAYOUTS, AdapterSpec, Networks, export_adapter
+from train_t2i.networks import Networks
 
 PROMPTS = ["a red circle", "a blue square", "two green stars"]
 SHAPE = (4, 4, 4)
@@ -438,7 +439,7 @@ def test_the_simulation_stops_at_the_largest_level_drawn(family, monkeypatch):
 def test_an_exported_adapter_is_read_by_peft(shared, family, cond, x, tmp_path, role):
     spec = {"guidance": AdapterSpec(2, 2), "generator": AdapterSpec(4, 8)}[role]
     weights = {name: p.detach() for name, p in shared.named_parameters(role).items()}
-    files, config = export_adapter(shared, role, spec, weights)
+    files, config = export_adapter(shared.family, role, spec, weights)
     assert list(files) == ["adapter_model"]
     tensors = files["adapter_model"]
     save_file(tensors, tmp_path / "adapter_model.safetensors")

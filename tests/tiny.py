@@ -22,8 +22,9 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 from transformers.models.clip.tokenization_clip import CLIPTokenizer as _CLIPTokenizer
 
+from train_t2i.adapters import AdapterSpec
 from train_t2i.families.base import Family
-from train_t2i.networks import AdapterSpec, Networks, build_networks
+from train_t2i.networks import Networks, build_networks
 
 ASCII = [chr(i) for i in range(33, 127)]
 VOCABULARY = {

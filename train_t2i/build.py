@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import rewards
 from train_t2i import base_quant
+from train_t2i.adapters import AdapterSpec
 from train_t2i.config import (
     EDIT_FAMILIES,
     Config,
@@ -30,7 +31,7 @@ from train_t2i.errors import UserError
 from train_t2i.families import FAMILIES, Family, family_of, load_family
 from train_t2i.initial_weights import TAKES, load_generator_weights
 from train_t2i.methods import METHODS, Method, RewardTerm, Setting
-from train_t2i.networks import AdapterSpec, Networks, Role, build_networks
+from train_t2i.networks import Networks, Role, build_networks
 from train_t2i.prompt_cache import CachedText, PromptCache, check_key
 from train_t2i.text_key import text_key
 

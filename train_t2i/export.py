@@ -59,7 +59,7 @@ def merge_adapters(net: nn.Module) -> nn.Module:
 
 def own_layers(net: Any, adapter: str) -> None:
     """Put an ArcFlow generator's own layers into the network, which stays one that stock diffusers loads: of more channels."""
-    from train_t2i.networks import Replaced
+    from train_t2i.adapters import Replaced
 
     norm, head = net.norm_out, net.proj_out
     assert isinstance(norm, Replaced)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from train_t2i import __version__, build
+from train_t2i.adapters import export_adapter
 from train_t2i.checkpoint import RECORDS, Part, RunFolder, run_of
 from train_t2i.config import Config, Settings, fields_of, resolved_layout
 from train_t2i.engine import RoleState
@@ -16,7 +17,7 @@ from train_t2i.errors import UserError
 from train_t2i.families import Family
 from train_t2i.methods import METHODS
 from train_t2i.methods.base import Clock
-from train_t2i.networks import Role, export_adapter
+from train_t2i.networks import Role
 from train_t2i.rates import DECAYS
 from train_t2i.run import Run, State
 
@@ -56,7 +57,9 @@ def checkpoint_parts(run: Run) -> dict[str, Part]:
             tensors["ema"] = state.average
         parts[build.ROLE_FOLDERS[role]] = Part(tensors, {"optimizer": state.values, "scaler": state.scaler})
         if run.networks.routes[role][1] is not None:
-            files, config = export_adapter(run.networks, role, specs[role], state.average or state.model)
+            files, config = export_adapter(
+                run.networks.family, str(run.networks.routes[role][1]), specs[role], state.average or state.model
+            )
             parts[EXPORTS[role]] = Part(files, {"adapter_config": config})
     return parts
 

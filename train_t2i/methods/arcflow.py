@@ -25,12 +25,13 @@ import torch
 from torch import Tensor, nn
 
 from train_t2i import losses
+from train_t2i.adapters import replace_layer
 from train_t2i.errors import UserError
 from train_t2i.families.base import Cond, Family
 from train_t2i.gmflow import GMFlowPolicy, split_gmflow
 from train_t2i.method_configs import ArcFlowConfig
 from train_t2i.methods.base import Batch, Clock, Method, Metrics, Setting
-from train_t2i.networks import Role, replace_layer
+from train_t2i.networks import Role
 from train_t2i.policies import Policy, match_window, query_intervals, split_momentum
 from train_t2i.policy_head import PolicyHead
 from train_t2i.randomness import Draw
