@@ -17,7 +17,7 @@ tiny_images() { # FOLDER: pictures and metadata.csv, complete or absent
 
 tiny_edits() { # FOLDER: pictures before and after, and metadata.json, complete or absent
   rm -rf -- "$1.part"
-  "$PYTHON" -m shapes.edits render --split train --count 2000 --seed 1 --out "$1.part"
+  "$PYTHON" -m shapes.edits render --split train --count 4000 --seed 1 --out "$1.part"
   mv -- "$1.part" "$1"
 }
 
