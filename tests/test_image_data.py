@@ -359,6 +359,12 @@ def shapes_table(tmp_path: Path) -> Path:
     return tmp_path / "metadata.csv"
 
 
+def pairs_of_two_sizes(table: Path) -> Path:
+    rows = [{"image": f"{i}.png", "prompt": "x", "seed": i} for i in range(8)]
+    (table.parent / "pairs.json").write_text(json.dumps(rows))
+    return table.parent / "pairs.json"
+
+
 def test_a_run_in_buckets_goes_on_bit_for_bit_and_leaves_out_bad_rows(trainer: Trainer, shapes_table):
     flags = f"--train-data-meta {shapes_table} --enable-bucket --max-train-steps 4 --checkpoint-steps 2"
     ended = trainer.ends("stopped", flags, "sft")
@@ -371,6 +377,10 @@ def test_a_run_in_buckets_goes_on_bit_for_bit_and_leaves_out_bad_rows(trainer: T
     again = trainer.run(stopped_at(whole, 2, "cut").name, f"{flags} --auto-resume --num-workers 2", "sft")
     tiny.assert_same_checkpoint(whole, again, 4)
     tiny.assert_same_logs(whole, again)
+    square = trainer.run("square", f"{flags} --enable-bucket off", "sft")
+    assert [line["loss"] for line in tiny.log_lines(square)] != [line["loss"] for line in tiny.log_lines(whole)]
+    wanted = trainer.ends("wrong", f"--data-path-train {pairs_of_two_sizes(shapes_table)}", "direct")
+    assert "0.png has 48x24 pixels, this run 32x32" in wanted.err
     split = trainer.run("split", f"{flags} --batch-size 1 --gradient-accumulation-steps 2", "sft")
     for first, second in zip(tiny.log_lines(whole), tiny.log_lines(split), strict=True):
         assert first["loss"] == pytest.approx(second["loss"], rel=1e-4)
