@@ -13,6 +13,7 @@ import torch
 
 from train_t2i.engine import Engine, Flags
 from train_t2i.engine.asked import FSDP_TAKEN, Asked, asked, check_blocks, from_file
+from train_t2i.engine.backends import FSDP2
 from train_t2i.engine.zero import ZeRO
 from train_t2i.errors import UserError
 
@@ -119,6 +120,13 @@ def test_a_class_that_the_model_lacks_is_refused() -> None:
     with pytest.raises(UserError, match="QwenImageTransformerBlock: not a block of this model") as caught:
         check_blocks(("QwenImageTransformerBlock", *blocks), blocks)
     assert "FluxSingleTransformerBlock" in caught.value.hint
+
+
+def test_networks_are_looked_at_before_they_are_shared_out() -> None:
+    backend = FSDP2.__new__(FSDP2)
+    backend.blocks_named = ("QwenImageTransformerBlock",)
+    with pytest.raises(UserError, match="not a block of this model"):
+        backend.place(torch.nn.Linear(2, 2), ("FluxTransformerBlock",))
 
 
 def test_every_rule_is_a_flag_of_the_launcher() -> None:
