@@ -66,3 +66,11 @@ def test_the_average_follows_its_formula_in_fp32_and_is_what_samples(trainer: An
     student = load_student(str(run)).network.state_dict()
     assert all(torch.equal(student[key], average) for key, average in averages.items())
     assert not tiny.log_lines(run)[-1]["skipped"]
+
+
+def test_a_stage_may_train_at_other_times(trainer: Any) -> None:
+    """A shift is of the times of training here, not of a student's grid."""
+    first = trainer.run("first", "", "sft")
+    record = first / "checkpoints" / "torch_units" / "step-2.pt"
+    second = trainer.run("second", f"--resume-ckpt {record} --shift 3 --max-train-steps 3", "sft")
+    assert [line["step"] for line in tiny.log_lines(second)] == [3]

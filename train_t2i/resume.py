@@ -199,8 +199,12 @@ def owns(folder: RunFolder, path: Path) -> bool:
 
 
 def _stage_fields(run: Config, then: dict[str, Any]) -> tuple[str, ...]:
-    """What a stage shares with the run it starts from.  A shift of 0 is the model's own at the run's size: see check_grid."""
-    shift = () if 0 in (run.shift, then.get("shift")) else ("shift",)
+    """What a stage shares with the run it starts from.  A shift of 0 is the model's own at the run's size: see check_grid.
+
+    Supervised training's is of its times, not of a student's grid.
+    """
+    free = run.method == "sft" or 0 in (run.shift, then.get("shift"))
+    shift = () if free else ("shift",)
     return (*STAGE_FIELDS, *shift, *(INIT_FIELDS if run.layout == "paired_lora" else ()))
 
 
