@@ -141,17 +141,3 @@ def tell(encoder: Any, processor: Any, rows: Rows, plain: bool = False) -> Told:
 
 def _named(numbers: list[int]) -> list[int]:
     return [numbers[i] for i in NAMED]
-
-
-def tell_token_types(encoder: Any) -> Any:
-    """Have an encoder that a stock pipeline calls number the tokens of pictures by row and column, as it was trained.
-
-    Returns the hook, which can be removed.
-    """
-
-    def told(module: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        if named.get("image_grid_thw") is None:
-            return arguments, named
-        return arguments, named | {"mm_token_type_ids": (named["input_ids"] == module.config.image_token_id).int()}
-
-    return encoder.register_forward_pre_hook(told, with_kwargs=True)

@@ -22,7 +22,6 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from shapes import finetune
 from shapes.edit_oracle import edit_adherence, untouched
 from shapes.edit_pictures import draw
-from shapes.edit_rows import tell_token_types
 from shapes.edit_text import QwenEditTextRecipe, new_processor, train_edit_text
 from shapes.edits import KINDS
 from shapes.flow_models import FlowRecipe, scheduler
@@ -30,6 +29,7 @@ from shapes.flow_stages import found, holder, loaded, part
 from shapes.render import SIDE_PX
 from shapes.stage import Paths, Stage
 from shapes.tokenizer import new_qwen_edit_tokenizer
+from train_t2i.families.qwen_image_edit import tell_token_types
 
 QWEN_EDIT_TEXT = QwenEditTextRecipe()
 QWEN_EDIT = FlowRecipe(

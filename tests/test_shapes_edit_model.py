@@ -19,6 +19,7 @@ from shapes.render import COLOUR_RGB
 from shapes.stage import Paths
 from shapes.text_encoders import CLASSES, Heads
 from shapes.tokenizer import new_qwen_edit_tokenizer, new_qwen_tokenizer
+from train_t2i.families.qwen_image_edit import tell_token_types
 
 CHECKPOINTS = Path(__file__).parent.parent / "checkpoints"
 RECIPE = edit_stages.QWEN_EDIT_TEXT
@@ -87,7 +88,8 @@ def test_states_are_those_of_the_stock_pipeline_that_is_told_where_pictures_are(
         folder, torch_dtype=torch.float32, text_encoder=None
     )
     pipeline.register_modules(text_encoder=encoder)
-    hook = er.tell_token_types(encoder)
+    hook = tell_token_types(encoder)
+    assert hook is not None
     try:
         for row, edit in enumerate(drawn.edits):
             shown = [Image.fromarray(one.permute(1, 2, 0).numpy()) for one in drawn.pictures[row]]

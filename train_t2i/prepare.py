@@ -7,7 +7,7 @@ import math
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from train_t2i.config import ArcFlowConfig, DMDRConfig, Settings, SFTConfig, lis
 from train_t2i.engine import AdamSettings, Engine
 from train_t2i.errors import UserError
 from train_t2i.feed import Feed, dataset_for
+from train_t2i.image_data import Rows
 from train_t2i.methods import METHODS
 from train_t2i.networks import Networks, Role
 from train_t2i.prompt_cache import CachedText, PromptCache
@@ -60,41 +61,66 @@ def with_length(settings: Settings, rows: int, global_batch: int, first_step: in
     return replace(settings, run=replace(run, max_train_steps=last))
 
 
-def prepare(settings: Settings, folder: RunFolder, engine: Engine, stop: StopRequest, watch: Watchdog) -> Run:
-    """Cheap checks first, then models, then the checkpoint."""
-    cfg, kind = settings.run, METHODS[settings.run.method]
-    resume_from = find_checkpoint(cfg, folder)
-    record, told = check_resumable(settings, resume_from, folder) if resume_from else (START, [])
+@dataclass(frozen=True)
+class Resumed:
+    """What a run goes on from: nothing, a checkpoint of its own, or another run's, which starts a stage."""
+
+    path: Path | None
+    record: dict[str, Any]
+    continues: bool  # its own
+    told: list[str]
+
+    @property
+    def first_step(self) -> int:
+        """Of this stage."""
+        return self.record["first_step"] if self.continues else self.record["step"]
+
+
+def find_resumed(settings: Settings, folder: RunFolder, engine: Engine) -> Resumed:
+    path = find_checkpoint(settings.run, folder)
+    record, told = check_resumable(settings, path, folder) if path else (START, [])
     if not engine.same_everywhere(json.dumps([record["step"], record["manifest"]], sort_keys=True)):
         raise UserError(
             f"the processes do not find the same checkpoint in {folder.root}",
             "put --output-dir on a disk that all machines share",
         )
-    continues = resume_from is not None and owns(folder, resume_from)
-    check_trains(settings, record["step"])
+    return Resumed(path, record, path is not None and owns(folder, path), told)
+
+
+def read_data(
+    settings: Settings, folder: RunFolder, engine: Engine, resumed: Resumed
+) -> tuple[Rows, tuple[int, int], Settings]:
+    """(rows, (rows a process and micro-batch, micro-batches), the settings with the last step that rows and epochs make)."""
+    cfg, record = settings.run, resumed.record
+    rejects = Rejects(folder.root / "rejected.jsonl", cfg.max_bad_fraction, writes=engine.is_main)
+    data = dataset_for(METHODS[cfg.method].data, settings, rejects)
+    batch = cfg.batch_size, cfg.gradient_accumulation_steps
+    if resumed.path and resumed.continues:
+        check_rows(record, len(data), resumed.path)
+        batch = kept_batch(cfg, record, engine.world)
+    settings = with_length(settings, len(data), math.prod(batch) * engine.world, resumed.first_step)
+    if resumed.path:
+        check_length(settings, record, resumed.path, resumed.continues)
+    return data, batch, settings
+
+
+def prepare(settings: Settings, folder: RunFolder, engine: Engine, stop: StopRequest, watch: Watchdog) -> Run:
+    """Cheap checks first, then models, then the checkpoint."""
+    cfg, kind = settings.run, METHODS[settings.run.method]
+    resumed = find_resumed(settings, folder, engine)
+    check_trains(settings, resumed.record["step"])
     build.check_started(settings, engine.backend_name)
     found = [*engine.told, *build.check_rewards(settings.method)]
     build.check_initial(cfg)
-    data = dataset_for(
-        kind.data, settings, Rejects(folder.root / "rejected.jsonl", cfg.max_bad_fraction, writes=engine.is_main)
-    )
-    batch = cfg.batch_size, cfg.gradient_accumulation_steps
-    if resume_from and continues:
-        check_rows(record, len(data), resume_from)
-        batch = kept_batch(cfg, record, engine.world)
-        told += told_of_batch(record, engine, batch)
-    first_step = record["first_step"] if continues else record["step"]
-    settings = with_length(settings, len(data), math.prod(batch) * engine.world, first_step)
-    if resume_from:
-        check_length(settings, record, resume_from, continues)
+    data, batch, settings = read_data(settings, folder, engine, resumed)
     asked = sheet_rows(settings, data)
     if cfg.prompt_cache:
         PromptCache(cfg.prompt_cache).need([*asked[0], getattr(settings.method, "negative_prompt", "")])
 
     family = build.build_family(cfg, engine.dtype).to(engine.device)
     shape = build.latent_shape(family, settings.size_px)
-    if resume_from and not continues:
-        check_grid(cfg, family, record, resume_from)
+    if resumed.path and not resumed.continues:
+        check_grid(cfg, family, resumed.record, resumed.path)
     data.settle(shape, family.size_multiple, family.path.grid(cfg.sample_num_steps), family.max_side_px)
     found += [data.told] if data.told else []
     found += told_of_start(cfg, family)
@@ -116,15 +142,16 @@ def prepare(settings: Settings, folder: RunFolder, engine: Engine, stop: StopReq
     feed = Feed(data, cfg.seed, *batch, engine.rank, engine.world, workers)
     quiet_log = log.RunLog(folder.root, method.columns, is_main=False)
     run = Run(settings, folder, engine, networks, method, feed, quiet_log, SampleSheet.none(), State(), stop, watch)
-    if resume_from:
-        restore(run, resume_from)
+    if resumed.path:
+        restore(run, resumed.path)
     # what comes after the checkpoint is written again; without one of its own, everything is
-    first_tick = run.state.clock.tick + 1 if continues else 0
+    first_tick = run.state.clock.tick + 1 if resumed.continues else 0
     if engine.is_main:
         log.cut_logs(folder.root, first_tick)
     run.log = make_log(run, first_tick)
     run.sheet = SampleSheet.build(settings, method, networks, folder.root, run.log, asked, engine)
-    announce(run, resume_from, [*found, *told, *advice(settings, resume_from)])
+    told = [*resumed.told, *(told_of_batch(resumed.record, engine, batch) if resumed.continues else [])]
+    announce(run, resumed.path, [*found, *told, *advice(settings, resumed.path)])
     return run
 
 

@@ -17,6 +17,7 @@ from diffusers import QwenImageEditPipeline, QwenImageEditPlusPipeline
 from diffusers.modular_pipelines.qwenimage.prompt_templates import QWENIMAGE_EDIT_PLUS_IMG_TEMPLATE
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from train_t2i.errors import UserError
 from train_t2i.families.base import Cond, FamilyOptions, Source, joined_tokens
@@ -33,7 +34,8 @@ class QwenImageEdit(QwenImage):
 
     def __init__(self, pipe: Any, config: dict[str, Any], load_net: Any, options: FamilyOptions) -> None:
         super().__init__(pipe, config, load_net, options)
-        tell_token_types(pipe.text_encoder)
+        if pipe.text_encoder is not None:
+            tell_token_types(pipe.text_encoder)
 
     @classmethod
     def from_pretrained(cls, model: str, options: FamilyOptions) -> Self:
@@ -121,14 +123,13 @@ def _picture(source: Source) -> Image.Image:
     return Image.fromarray(source.seen.permute(1, 2, 0).numpy())
 
 
-def tell_token_types(encoder: nn.Module | None) -> None:
-    """Have a Qwen2.5-VL told which tokens are an image's, wherever it is shown one.
+def tell_token_types(encoder: nn.Module) -> RemovableHandle:
+    """Have a Qwen2.5-VL told which tokens are an image's, wherever it is shown one; what is returned takes it back.
 
     The pipelines of diffusers 0.42 leave it out, and transformers 5 then numbers these tokens one after the other instead
-    of by row and column (M-RoPE, arXiv 2409.12191, section 2.1).  An exported pipeline needs the same: docs/families.md.
+    of by row and column (M-RoPE, arXiv 2409.12191, section 2.1).  An exported pipeline needs the same: docs/supervised.md.
     """
-    if encoder is not None:
-        encoder.register_forward_pre_hook(_with_token_types, with_kwargs=True)
+    return encoder.register_forward_pre_hook(_with_token_types, with_kwargs=True)
 
 
 def _with_token_types(encoder: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
