@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from train_t2i.choice import RunChoice
 from train_t2i.cli import parse_verb
-from train_t2i.config import flag
+from train_t2i.config import EDIT_FAMILIES, flag
 from train_t2i.errors import EXIT_DISK, EXIT_DONE, UserError
 from train_t2i.inference import many_step_scheduler, student_scheduler
 
@@ -202,6 +202,8 @@ def main(arguments: Sequence[str]) -> int:
     )
     call = ", ".join(f"{name}={value!r}" for name, value in recommended.items())
     print(f"{out}: pipe(prompt, {call})")
+    if model.settings.run.model_family in EDIT_FAMILIES:
+        print("its text encoder must be told which tokens are an image's: docs/supervised.md has the three lines")
     if needs_code:
         print(f"it is sampled with {out}/pipeline.py: docs/methods.md says how to load it")
     return EXIT_DONE
