@@ -145,10 +145,10 @@ def test_times_leave_the_warm_up_and_the_rest_out(monkeypatch):
     class Nothing:
         held_out = None
 
-        def scores(self, images, prompts):
+        def scores(self, images, prompts, sources):
             return {}
 
-    def timed(model, prompts, seeds):
+    def timed(model, prompts, seeds, sources):
         made.append((len(prompts), seeds[0]))
         return torch.zeros(len(prompts), 3, 2, 2), float(len(made))
 

@@ -27,7 +27,7 @@ import xxhash
 from torch import Tensor
 
 from train_t2i.errors import UserError
-from train_t2i.families.base import Cond
+from train_t2i.families.base import Cond, Source
 from train_t2i.mapped import Mapped, ShardWriter
 from train_t2i.packing import Layout, pack, unpack
 from train_t2i.prompt_index import StoredIndex, halves
@@ -270,8 +270,10 @@ class CachedText:
         self.device = device
         return self
 
-    def encode(self, prompts: Sequence[str], negative: str | None = None) -> Cond:
-        """As the family's.  Raises UserError for a prompt that is not in the cache."""
+    def encode(
+        self, prompts: Sequence[str], negative: str | None = None, sources: Sequence[Sequence[Source]] = ()
+    ) -> Cond:
+        """As the family's, which has no sources.  Raises UserError for a prompt that is not in the cache."""
         self.cache.need([*prompts, negative or ""])
         found = [self.cache.embedding(prompt) for prompt in prompts]
         cond = self.family.complete(self._cond(found))
