@@ -47,7 +47,7 @@ class FakeText:
         generator = torch.Generator().manual_seed(sum(prompt.encode()) + 1)
         return torch.randn(1 + len(prompt), self.width, generator=generator).bfloat16()
 
-    def encode(self, prompts: Sequence[str], negative: str | None = None) -> Cond:
+    def encode(self, prompts: Sequence[str], negative: str | None = None, sources: Sequence[Any] = ()) -> Cond:
         self.calls.append(list(prompts))
         rows = [self.row(prompt)[: self.text_length] for prompt in prompts]
         longest = max(map(len, rows)) if self.masks else self.text_length
