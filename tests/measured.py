@@ -69,7 +69,7 @@ def measured_tick(settings: Settings) -> dict[str, int]:
     images = torch.rand(run.batch_size, 3, *settings.size_px)
     batch = Batch(rows, ["a red circle " * 4] * run.batch_size, rows, images, latents, latents)
     told = full_texts(settings, dtype)
-    family.encode = lambda prompts, negative=None: told[negative is None]  # type: ignore[method-assign]
+    family.encode = lambda prompts, negative=None, sources=(): told[negative is None]  # type: ignore[method-assign]
     rollout = method.rollout(batch, clock)
     for term in terms:
         term.score(torch.rand(run.batch_size, 3, *settings.size_px), term.prompts(batch.prompts), tick=clock.tick)
