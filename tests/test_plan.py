@@ -109,6 +109,12 @@ def test_sources_take_memory_as_tokens() -> None:
     # 1024 noisy tokens, 512 of text; a source adds 1024, and 196 that the encoder saw
     assert one / alone == pytest.approx((1024 + 512 + 1024 + 196) / (1024 + 512), rel=0.1)
     assert two - one == pytest.approx(one - alone, rel=0.02)
+    config, settings = parse_plan(
+        ["--model", "qwen_image_edit_2509", "--resolution", "64", "--source-size", "64", "--use-lora-gen"]
+    )
+    run = replace(settings.run, model_family="qwen_image_edit_plus")
+    found = rehearsed(replace(settings, run=run), PUBLISHED[str(config.model)], 1)
+    assert not any("--prompt-cache" in lever.what for lever in levers(run, found, 1)), "texts are read beside sources"
     for flags, told in (
         ("--model qwen_image --num-sources 2", "--num-sources does nothing for qwen_image"),
         ("--model qwen_image_edit --num-sources 2", "--num-sources 2: qwen_image_edit takes 1 to 1"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from train_t2i.base_quant import BLOCK, CODE_BYTES, SCALE_BYTES
-from train_t2i.config import LAYOUTS, Config, resolved_layout
+from train_t2i.config import EDIT_FAMILIES, LAYOUTS, Config, resolved_layout
 from train_t2i.engine import DTYPES
 from train_t2i.networks import Role
 from train_t2i.plan.rehearsal import ModuleBytes, Rehearsal
@@ -137,7 +137,7 @@ def levers(run: Config, found: Rehearsal, world: int) -> list[Lever]:
     """Changes that need no other rehearsal, those that cost least speed and quality first."""
     tried: list[tuple[str, Plan]] = []
     now = estimate(run, found, world)
-    if not run.prompt_cache:
+    if not run.prompt_cache and run.model_family not in EDIT_FAMILIES:
         tried.append(("--prompt-cache (no text encoder is loaded)", replace(now, encoders=0)))
     if not run.use_8bit_adam:
         tried.append(("--use-8bit-adam", estimate(replace(run, use_8bit_adam=True), found, world)))
