@@ -62,10 +62,6 @@ def check_family_flags(run: Config, family: str) -> None:
         raise UserError(f"--text-length does nothing for {family}, which cuts nothing off", "leave it out")
     if family in EDIT_FAMILIES and run.prompt_cache:
         raise UserError(f"--prompt-cache: the texts of {family} are read beside their sources", "leave it out")
-    if family not in EDIT_FAMILIES and run.source_size != Config().source_size:
-        raise UserError(f"--source-size does nothing for {family}, which has no sources", "leave it out")
-    if family != "qwen_image_edit_plus" and run.source_seen_size != Config().source_seen_size:
-        raise UserError(f"--source-seen-size does nothing for {family}", "it is qwen_image_edit_plus's: leave it out")
 
 
 def build_family(run: Config, dtype: torch.dtype) -> Family:

@@ -152,7 +152,6 @@ class Family(Protocol):
     max_side_px: int | None  # no side of an image is longer; None: no table of positions ends
     text_length: int  # tokens of the longest text
     max_text_length: int  # that its pipeline can be told
-    max_sources: int  # images that a row's edit may start from; 0: text to image
 
     def load(self, dtype: torch.dtype) -> nn.Module:
         """The bare frozen denoiser."""

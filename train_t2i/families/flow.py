@@ -66,7 +66,6 @@ class FlowFamily:
     max_text_length: ClassVar[int]
     evenly_spaced: ClassVar[bool] = True  # its pipeline gives the scheduler 1, ..., 1/N; else the scheduler's own
     latent_channels = 16
-    max_sources: ClassVar[int] = 0
 
     def __init__(
         self, pipe: Any, config: dict[str, Any], load_net: Callable[[torch.dtype], nn.Module], options: FamilyOptions

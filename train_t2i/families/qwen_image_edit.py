@@ -30,7 +30,6 @@ class QwenImageEdit(QwenImage):
 
     Pipeline = QwenImageEditPipeline
     encoder_names: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer", "processor")
-    max_sources: ClassVar[int] = 1
 
     def __init__(self, pipe: Any, config: dict[str, Any], load_net: Any, options: FamilyOptions) -> None:
         super().__init__(pipe, config, load_net, options)
@@ -107,7 +106,6 @@ class QwenImageEditPlus(QwenImageEdit):
     """None to several sources a row, named Picture 1, Picture 2, ... in the text."""
 
     Pipeline = QwenImageEditPlusPipeline
-    max_sources = 3
 
     def _text(self, prompt: str, num_sources: int) -> str:
         pictures = "".join(QWENIMAGE_EDIT_PLUS_IMG_TEMPLATE.format(i + 1) for i in range(num_sources))

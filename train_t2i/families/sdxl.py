@@ -39,7 +39,6 @@ class SDXL:
     block_names: tuple[str, ...] = ("BasicTransformerBlock", "ResnetBlock2D")
     latent_channels = 4
     max_side_px = None
-    max_sources = 0
     text_length = max_text_length = 77
 
     def __init__(
