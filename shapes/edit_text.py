@@ -47,8 +47,8 @@ class QwenEditTextRecipe:
     vision_width: int = 40
     vision_feed_forward: int = 80
     patch_px: int = 8
-    edits: int = 6144
-    steps: int = 900
+    edits: int = 24576
+    steps: int = 4000  # of two sources it knows nothing before step 1000, and then within 500
     batch_sizes: tuple[int, int] = (32, 16)  # edits of one source, of two
     learning_rate: float = 2e-3
     plain_every: int = 3  # every so many steps, edits of one source come in the plain pipeline's template

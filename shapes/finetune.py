@@ -45,18 +45,20 @@ def supervised(
     more: dict[str, object] | None = None,
     legs: tuple[int, ...] = (),
     threads: int | None = None,
+    processes: int = 1,
 ) -> Path:
     """Train the denoiser of the pipeline `folder` on the rows of `table`; the folder of the last checkpoint's generator.
 
     The run in `work`/`run_name` goes on where it stopped; another recipe needs another name.  With `legs` it is trained
     to the first of these steps, then on to the next by a run that starts there: each leg has a cosine of its own.
+    Several processes share a batch; what is learnt is the same but for rounding.
     """
     flags: dict[str, object] = {
         "method": "sft",
         "pretrained-model": folder,
         "data-path-train": table(work, recipe.pictures, pictures_seed),
         "learning-rate-gen": recipe.learning_rate,
-        "batch-size": recipe.batch_size,
+        "batch-size": recipe.batch_size // processes,
         "lr-scheduler": "cosine",
         "lr-warmup-steps": recipe.warmup,
         "caption-dropout": recipe.caption_dropout,
@@ -71,7 +73,10 @@ def supervised(
     }
     words = [word for key, value in flags.items() for word in (f"--{key}", str(value))]
     environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
-    command = [sys.executable, "-m", "train_t2i", "train", *words, "--auto-resume"]
+    several = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
+    )
+    command = [sys.executable, *several, "-m", "train_t2i", "train", *words, "--auto-resume"]
     last: Path | None = None
     for steps in legs or (recipe.steps,):
         name = f"{run_name}-{steps}" if last else run_name

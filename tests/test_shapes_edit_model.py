@@ -191,7 +191,10 @@ def test_the_transformer_is_trained_on_edits_by_the_trainer(tmp_path, monkeypatc
     render, train = commands
     assert render[2:5] == ["shapes.edits", "render", "--split"]
     table = f"{render[render.index('--out') + 1]}/metadata.json"
-    flags = dict(zip(train[4::2], train[5::2]))
+    at = train.index("train") + 1
+    flags = dict(zip(train[at::2], train[at + 1 :: 2]))
+    assert train[train.index("--nproc-per-node") + 1] == "2"
+    assert flags["--batch-size"] == "16"  # of 32, a process
     assert flags["--data-path-train"] == table
     assert flags["--model-family"] == "qwen_image_edit_plus"
     assert (flags["--source-size"], flags["--source-seen-size"], flags["--resolution"]) == ("64", "64", "64")

@@ -24,7 +24,7 @@ from train_t2i.pair_data import Wanted, open_pairs
 from train_t2i.pictures import header_size, source_image
 from train_t2i.prompt_cache import PromptCache
 from train_t2i.prompts import load_prompts
-from train_t2i.rows import Rejects, RowRules, load_rows
+from train_t2i.rows import Rejects, RowRules, in_words, load_rows
 from train_t2i.sizes import source_sizes
 
 LOOKED_UP = 1000  # prompts that are looked for in a cache before anything loads; the others when their turn comes
@@ -106,8 +106,9 @@ def sources_at(settings: Settings, paths: Sequence[str]) -> list[Source]:
     """The images at some paths, as the model of ``settings`` is shown sources.  Raises UserError."""
     run, (least, most) = settings.run, source_counts(settings.run.model_family)
     if not least <= len(paths) <= most:
-        taken = "none" if most == 0 else f"{most}" if least == most else f"{least} to {most}"
-        raise UserError(f"--source: {len(paths)} are given, {run.model_family} takes {taken}", "give as many")
+        raise UserError(
+            f"--source: {len(paths)} are given, {run.model_family} takes {in_words(least, most)}", "give as many"
+        )
     sides_px = run.source_size, seen_side(run)
     return [
         Source(*source_image(Path(p), "--source", source_sizes(*header_size(Path(p), "--source"), *sides_px)))

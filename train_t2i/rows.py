@@ -127,6 +127,11 @@ def _bad(rejects: Rejects | None, number: int, error: UserError) -> None:
     rejects.bad.append((number, error))
 
 
+def in_words(least: int, most: int) -> str:
+    """How many sources a model takes."""
+    return "none" if most == 0 else f"{most}" if least == most else f"{least} to {most}"
+
+
 def _row(table: Path, number: int, record: Mapping[str, Any], rules: RowRules, resolve: _Root) -> Row:
     kind = clean(record.get(TYPE), TYPE, table, number)
     if kind not in ("", "image"):
@@ -136,10 +141,8 @@ def _row(table: Path, number: int, record: Mapping[str, Any], rules: RowRules, r
     prompt = prompt_of(record, table, number)
     sources = _source_names(record.get(SOURCES), table, number) if rules.sources else []
     if rules.sources and not rules.sources[0] <= len(sources) <= rules.sources[1]:
-        least, most = rules.sources
-        taken = "none" if most == 0 else f"{most}" if least == most else f"{least} to {most}"
         raise UserError(
-            f"{place_of(table, number)}: {len(sources)} sources in {SOURCES}, the model takes {taken}",
+            f"{place_of(table, number)}: {len(sources)} sources in {SOURCES}, the model takes {in_words(*rules.sources)}",
             "name them there, or choose another --model-family",
         )
     image = None
