@@ -16,6 +16,7 @@ import torch
 from diffusers.modular_pipelines.qwenimage import prompt_templates as templates
 from torch import Tensor
 
+from shapes.edit_codes import facts
 from shapes.edit_pictures import RGB, Picture, edited, pictures
 from shapes.edits import KINDS, Edit, parse, sample
 from shapes.render import COLOUR_RGB
@@ -105,6 +106,7 @@ class Told:
     """Rows as the encoder reads them."""
 
     rows: Rows
+    processor: Any  # of text and pictures
     ids: Tensor  # (N, L)
     mask: Tensor  # (N, L)
     places: Tensor  # (3, N, L) M-RoPE
@@ -113,6 +115,7 @@ class Told:
     ends: Tensor  # (N,) one past the last token
     wanted: Tensor  # (N, 7) kind and what is named of the target scene, as class numbers
     shown: Tensor  # (N, sources, 6) of the source scenes
+    facts: Tensor  # (N, S, F) of the target scene, what the states behind the text are to say
 
 
 def texts_of(edits: Sequence[Edit], plain: bool = False) -> list[str]:
@@ -136,7 +139,10 @@ def tell(encoder: Any, processor: Any, rows: Rows, plain: bool = False) -> Told:
     wanted = [[KINDS.index(edit.kind), *_named(attributes(edit.target))] for edit in rows.edits]
     shown = [[_named(attributes(scene)) for scene in edit.sources] for edit in rows.edits]
     tail = len(processor.tokenizer(TAIL).input_ids)
-    return Told(rows, ids, mask, places, seen_at, ends - tail, ends, torch.tensor(wanted), torch.tensor(shown))
+    said = torch.stack([facts(edit.target, rgb) for edit, rgb in zip(rows.edits, rows.wanted_rgb)])
+    return Told(
+        rows, processor, ids, mask, places, seen_at, ends - tail, ends, torch.tensor(wanted), torch.tensor(shown), said
+    )
 
 
 def _named(numbers: list[int]) -> list[int]:

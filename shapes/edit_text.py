@@ -1,7 +1,8 @@
 """The tiny Qwen2.5-VL of the edit pipelines: it reads an instruction below the pictures that it is about.
 
-It stays frozen while the transformer learns, so its last states must already know what is wanted: linear heads read the kind of the
-edit and the whole target scene at the end of the text, and the scene of a picture at the end of the picture.
+It stays frozen while the transformer learns, so its last states must already know what is wanted.  First linear heads read the kind
+of the edit and the whole target scene at the end of the text, and the scene of a picture at the end of the picture; then the states
+behind the text come to say the target scene themselves (edit_codes.py).
 The text is that of QwenImageEditPlusPipeline.  Image tokens have their places in three dimensions (M-RoPE), as the model was made
 for; the stock pipelines leave out the `mm_token_type_ids` that this takes in transformers 5.
 Shapes: B edits, L tokens, P pictures of a batch, D width.
@@ -22,6 +23,7 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
+from shapes.edit_codes import SAID, directions, right
 from shapes.edit_rows import CUT, NAMED_CLASSES, Told, drawn, tell
 from shapes.edits import KINDS
 from shapes.long_text_encoders import new_qwen_vl
@@ -33,6 +35,7 @@ from shapes.tokenizer import new_qwen_edit_tokenizer, new_qwen_tokenizer
 from shapes.world import batch_index, generator
 
 RGB_WEIGHT = 10.0  # of squared errors beside cross-entropies
+Part = tuple[Told, Tensor, torch.Generator]  # rows, which of them, what is drawn for them
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,8 @@ class QwenEditTextRecipe:
     steps: int = 4000  # of two sources it knows nothing before step 1000, and then within 500
     batch_sizes: tuple[int, int] = (32, 16)  # edits of one source, of two
     learning_rate: float = 2e-3
+    saying_steps: int = 4000
+    saying_learning_rate: float = 2e-3
     plain_every: int = 3  # every so many steps, edits of one source come in the plain pipeline's template
 
 
@@ -111,12 +116,12 @@ class Reader(nn.Module):
         return self.named.right(hidden, labels) & (same | rgb.isnan().any(-1)).all(1)
 
 
-def states(encoder: Any, processor: Any, told: Told, index: Tensor) -> Tensor:
+def states(encoder: Any, told: Told, index: Tensor) -> Tensor:
     """Last states of some rows, (B, L, D).
 
     The head of the template is the same in every row and sees nothing that follows: it is read once.
     """
-    read = processor.image_processor(list(told.rows.pictures[index].flatten(0, 1)), return_tensors="pt")
+    read = told.processor.image_processor(list(told.rows.pictures[index].flatten(0, 1)), return_tensors="pt")
     length = int(told.ends[index].max())
     head = encoder.model.language_model(
         input_ids=told.ids[:1, :CUT], position_ids=told.places[:, :1, :CUT], use_cache=True
@@ -144,29 +149,66 @@ def train_edit_text(
     mark_tables(encoder)
     wants, shows = Reader(recipe.width, (len(KINDS), *NAMED_CLASSES)), Reader(recipe.width, NAMED_CLASSES)
     one, two = (drawn("train", recipe.seed, recipe.edits, sources, free=True) for sources in (1, 2))
-    named, plain, pairs = (
+    lessons = Lessons(
         tell(encoder, processor, one), tell(encoder, processor, one, plain=True), tell(encoder, processor, two)
-    )  # fmt: skip
+    )
+    read(encoder, wants, shows, lessons, recipe)
+    say(encoder, shows, lessons, recipe)
+    encoder.eval().requires_grad_(False)
+    return encoder, measure(encoder, processor, shows, recipe)
 
-    def loss(part: tuple[Told, Tensor, torch.Generator]) -> Tensor:
-        told, index, g = part
-        hidden, rows = states(encoder, processor, told, index), torch.arange(len(index))
-        first, end = told.whole_from[index], told.ends[index]
-        some = first + ((end - first) * torch.rand(len(index), generator=g)).long()
-        wanted = [wants.loss(hidden[rows, at], told.wanted[index], told.rows.wanted_rgb[index]) for at in (first, some)]
-        return wanted[0] + wanted[1] + shows.loss(*_seen(hidden, told, index))
 
-    def parts(step: int) -> list[tuple[Told, Tensor, torch.Generator]]:
-        single = plain if step % recipe.plain_every == 0 else named
+@dataclass(frozen=True)
+class Lessons:
+    """Edits as the encoder reads them: of one source in both templates, of two."""
+
+    named: Told
+    plain: Told
+    pairs: Told
+
+    def parts(self, recipe: QwenEditTextRecipe, step: int) -> list[Part]:
+        """What the two threads of a step read."""
+        single = self.plain if step % recipe.plain_every == 0 else self.named
         return [
-            (rows, batch_index(recipe.seed + i, step, size, recipe.edits), generator(recipe.seed, step, 1 + i))
-            for i, (rows, size) in enumerate(zip((single, pairs), recipe.batch_sizes))
+            (told, batch_index(recipe.seed + i, step, size, recipe.edits), generator(recipe.seed, step, 1 + i))
+            for i, (told, size) in enumerate(zip((single, self.pairs), recipe.batch_sizes))
         ]
 
+
+def read(encoder: Any, wants: Reader, shows: Reader, lessons: Lessons, recipe: QwenEditTextRecipe) -> None:
+    """Linear heads read the whole target from the states behind the text."""
+
+    def loss(part: Part) -> Tensor:
+        told, index, g = part
+        hidden, row = states(encoder, told, index), torch.arange(len(index))
+        first, end = told.whole_from[index], told.ends[index]
+        some = first + ((end - first) * torch.rand(len(index), generator=g)).long()
+        wanted = [wants.loss(hidden[row, at], told.wanted[index], told.rows.wanted_rgb[index]) for at in (first, some)]
+        return wanted[0] + wanted[1] + shows.loss(*_seen(hidden, told, index))
+
     parameters = [*encoder.parameters(), *wants.parameters(), *shows.parameters()]
-    fit("Qwen2.5-VL of edits", loss, parts, parameters, recipe.steps, recipe.learning_rate, weight_decay=0.02)
-    encoder.eval().requires_grad_(False)
-    return encoder, measure(encoder, processor, wants, shows)
+    fit("Qwen2.5-VL reads edits", loss, lambda step: lessons.parts(recipe, step), parameters, recipe.steps,
+        recipe.learning_rate, weight_decay=0.02)  # fmt: skip
+
+
+def say(encoder: Any, shows: Reader, lessons: Lessons, recipe: QwenEditTextRecipe) -> None:
+    """The states behind the text become the facts of the target, each along a direction of its own."""
+    ways = directions(recipe.width, recipe.seed)
+
+    def loss(part: Part) -> Tensor:
+        told, index, _ = part
+        hidden = states(encoder, told, index)
+        apart = _behind(hidden, told, index) - told.facts[index] @ ways
+        return apart.square().mean() + shows.loss(*_seen(hidden, told, index))
+
+    fit("Qwen2.5-VL says scenes", loss, lambda step: lessons.parts(recipe, step), [*encoder.parameters(), *shows.parameters()],
+        recipe.saying_steps, recipe.saying_learning_rate, weight_decay=0.02)  # fmt: skip
+
+
+def _behind(hidden: Tensor, told: Told, index: Tensor) -> Tensor:
+    """(B, S, D): the states that follow the text."""
+    at = told.whole_from[index, None] + torch.arange(len(SAID))
+    return hidden[torch.arange(len(index))[:, None], at]
 
 
 def _seen(hidden: Tensor, told: Told, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -176,15 +218,17 @@ def _seen(hidden: Tensor, told: Told, index: Tensor) -> tuple[Tensor, Tensor, Te
 
 
 @torch.no_grad()
-def measure(encoder: Any, processor: Any, wants: Reader, shows: Reader, count: int = 300) -> dict[str, float]:
-    """Share of held-out edits of which the heads read all, from one source and from two."""
-    scores = {}
+def measure(
+    encoder: Any, processor: Any, shows: Reader, recipe: QwenEditTextRecipe, count: int = 300
+) -> dict[str, float]:
+    """Share of held-out edits whose last states say all of the target, and of whose sources the heads read all."""
+    scores, ways = {}, directions(recipe.width, recipe.seed)
     for sources, plain, name in ((1, False, "one source"), (1, True, "one source, plain"), (2, False, "two sources")):
         told = tell(encoder, processor, drawn("heldout", 0, count, sources), plain)
         index = torch.arange(count)
-        hidden = states(encoder, processor, told, index)
-        wanted = wants.right(hidden[index, told.whole_from], told.wanted, told.rows.wanted_rgb)
+        hidden = states(encoder, told, index)
+        wanted = right(_behind(hidden, told, index), told.facts, ways)
         shown = shows.right(*_seen(hidden, told, index))
-        scores[f"last state tells the target, {name}"] = wanted.float().mean().item()
+        scores[f"last states say the target, {name}"] = wanted.float().mean().item()
         scores[f"last state tells the source, {name}"] = shown.float().mean().item()
     return scores

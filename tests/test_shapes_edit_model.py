@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
+from shapes import edit_codes as codes
 from shapes import edit_rows as er
 from shapes import edit_stages, edits, finetune, scenes
 from shapes import edit_text as et
@@ -84,7 +86,7 @@ def test_states_are_those_of_the_stock_pipeline_that_is_told_where_pictures_are(
     drawn = er.drawn("heldout", 1, 4, sources)
     told = er.tell(encoder, processor, drawn, plain)
     with torch.no_grad():
-        states = et.states(encoder, processor, told, torch.arange(4))
+        states = et.states(encoder, told, torch.arange(4))
     pipeline = (QwenImageEditPipeline if plain else QwenImageEditPlusPipeline).from_pretrained(
         folder, torch_dtype=torch.float32, text_encoder=None
     )
@@ -133,6 +135,44 @@ def test_colours_are_read_as_numbers_and_judged_by_name():
         reader.rgb.weight.zero_()
         reader.rgb.bias.copy_(torch.tensor([*COLOUR_RGB["red"], *COLOUR_RGB["blue"]]) + 0.05)
     assert reader.right(hidden, labels, rgb).tolist() == [True, False]
+
+
+def test_the_states_behind_the_text_say_an_object_each_and_where_it_is():
+    scene = scenes.Scene(
+        (scenes.Thing("small", "red", "circle"), scenes.Thing("large", "cyan", "cross")), "navy", relation="above"
+    )
+    rgb = torch.tensor([COLOUR_RGB["red"], COLOUR_RGB["cyan"]])
+    said = codes.facts(scene, rgb)
+    sizes, shapes, places, backgrounds, colour = said.split(codes.SPANS, -1)
+    objects = [0, 1, 3, 4]  # the third is the background
+    assert [[scenes.SIZES, scenes.SHAPES, scenes.POSITIONS][i][at] for i, part in enumerate((sizes, shapes, places))
+            for at in part[:2].argmax(-1).tolist()] == ["small", "large", "circle", "cross", "top", "bottom"]  # fmt: skip
+    assert torch.equal(said[3:], said[:2])
+    assert backgrounds[2].argmax() == scenes.BACKGROUNDS.index("navy")
+    assert not backgrounds[objects].any()
+    assert not said[2, : -3 - len(scenes.BACKGROUNDS)].any()
+    torch.testing.assert_close(colour[:2], 2 * rgb - 1)
+    alone = codes.facts(scenes.Scene(scene.things[:1], "navy", position="left"), rgb)
+    assert torch.equal(alone[0], alone[1])
+    assert alone[0].split(codes.SPANS, -1)[2].argmax() == scenes.POSITIONS.index("left")
+
+
+def test_what_is_said_is_read_back_and_one_wrong_fact_is_wrong():
+    rows = er.drawn("heldout", 3, 20, 1)
+    wanted = torch.stack([codes.facts(edit.target, rgb) for edit, rgb in zip(rows.edits, rows.wanted_rgb)])
+    ways = codes.directions(96, 0)
+    torch.testing.assert_close(ways @ ways.T, codes.LOUDNESS**2 * torch.eye(len(ways)), atol=1e-4, rtol=0)
+    noise = torch.randn((20, len(codes.SAID), 96), generator=torch.Generator().manual_seed(0))
+    assert codes.right(wanted @ ways + 0.4 * noise, wanted, ways).all()
+    for state, fact in ((0, 0), (1, 3), (4, 7), (2, 12)):
+        other = wanted.clone()
+        other[:, state, fact] = 1.5 - other[:, state, fact]
+        assert not codes.right(other @ ways, wanted, ways).all()
+    dark = wanted.clone()
+    dark[:, 1, -3:] = -1.0
+    named = codes.right(dark @ ways, wanted, ways)
+    green = torch.tensor([edit.target.things[-1].colour == "green" for edit in rows.edits])
+    assert torch.equal(named, green)  # the nearest name of black
 
 
 def test_attributes_that_no_row_has_cost_nothing():
@@ -198,3 +238,18 @@ def test_the_transformer_is_trained_on_edits_by_the_trainer(tmp_path, monkeypatc
     assert flags["--data-path-train"] == table
     assert flags["--model-family"] == "qwen_image_edit_plus"
     assert (flags["--source-size"], flags["--source-seen-size"], flags["--resolution"]) == ("64", "64", "64")
+
+
+def test_the_committed_editor_does_what_it_is_told_and_leaves_the_rest_alone(monkeypatch):
+    """The stock pipeline on held-out edits, at the guidance that its manifest names best."""
+    folder = Paths(CHECKPOINTS, Path()).flow("qwen_image_edit")
+    assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) <= 6_000_000
+    quality = tomllib.loads((CHECKPOINTS / "manifest.toml").read_text())["tiny"][folder.name]["measured"]
+    scores = {float(key.split()[-1]): value for key, value in quality.items() if ": adherence, " in key}
+    best = max(scores, key=lambda cfg: scores[cfg])
+    assert scores[best] >= 0.85
+    monkeypatch.setattr(edit_stages, "CFGS", (best,))
+    monkeypatch.setattr(edit_stages, "EDITS", 28)
+    found = edit_stages.editor_quality(folder)
+    assert next(value for key, value in found.items() if key.startswith("adherence, ")) >= 0.7
+    assert next(value for key, value in found.items() if key.startswith("change elsewhere")) <= 0.04
