@@ -10,7 +10,6 @@ import torch
 from diffusers import QwenImageEditPipeline, QwenImageEditPlusPipeline
 from diffusers.modular_pipelines.qwenimage import prompt_templates
 from PIL import Image
-from safetensors.torch import load_file
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 from shapes import edit_codes as codes
@@ -189,17 +188,10 @@ def test_attributes_that_no_row_has_cost_nothing():
 # ------------------------------------------------------------------ folder and stages
 def test_the_folder_is_small_and_starts_as_qwen_image(folder):
     assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) <= 6_000_000
-    name = "diffusion_pytorch_model.safetensors"
     start = CHECKPOINTS / "tiny-qwen-image"
-    assert (folder / "vae" / name).read_bytes() == (start / "vae" / name).read_bytes()
-    before, now = (load_file(root / "transformer" / name) for root in (start, folder))
-    fastest = [0, 1, 10, 11, 18, 19]  # of axes of 10, 8 and 8 numbers: a token's own frame, row and column
-    assert before.keys() == now.keys()
-    for key, value in before.items():
-        factor = torch.ones_like(value)
-        if key.endswith(("attn.norm_q.weight", "attn.norm_k.weight")):
-            factor[fastest] = edit_stages.SHARPER
-        torch.testing.assert_close(now[key], value * factor, rtol=1e-3, atol=0)
+    for part in ("vae", "transformer"):
+        name = f"{part}/diffusion_pytorch_model.safetensors"
+        assert (folder / name).read_bytes() == (start / name).read_bytes()
 
 
 @pytest.mark.parametrize("sources", [1, 2])
