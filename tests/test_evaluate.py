@@ -139,8 +139,10 @@ def test_reference_features_are_kept_and_follow_their_images(tmp_path, towers, r
 
 
 def test_times_leave_the_warm_up_and_the_rest_out(monkeypatch):
-    from train_t2i import evaluate
-    from train_t2i.evaluate import EvaluateConfig, make_and_score
+    from types import SimpleNamespace
+
+    from train_t2i.evaluation import measure
+    from train_t2i.image_layouts import Entry, asked_images
 
     class Nothing:
         held_out = None
@@ -148,22 +150,22 @@ def test_times_leave_the_warm_up_and_the_rest_out(monkeypatch):
         def scores(self, images, prompts, sources):
             return {}
 
-    def timed(model, prompts, seeds, sources):
-        made.append((len(prompts), seeds[0]))
-        return torch.zeros(len(prompts), 3, 2, 2), float(len(made))
+    def timed(model, asked, sources):
+        made.append((len(asked), asked[0].seed))
+        return torch.zeros(len(asked), 3, 2, 2), float(len(made))
 
-    monkeypatch.setattr(evaluate, "timed_images", timed)
-    for count, batches, seconds in (
-        (7, [(2, 0), (2, 2), (2, 4), (1, 6)], [2.0, 3.0]),
-        (2, [(2, 0), (2, 0)], [2.0]),
-        (3, [(2, 0), (2, 0), (1, 2)], [2.0]),
+    monkeypatch.setattr(measure, "timed_images", timed)
+    for count, makes, batches, seconds in (
+        (7, True, [(2, 0), (2, 2), (2, 4), (1, 6)], [2.0, 3.0]),
+        (2, True, [(2, 0), (2, 0)], [2.0]),
+        (3, True, [(2, 0), (2, 0), (1, 2)], [2.0]),
+        (3, False, [(2, 0), (1, 2)], []),  # images that are there already take no time
     ):
         made = []
-        config = EvaluateConfig(batch_size=2, seed=0)
-        kept = make_and_score(None, ["a"] * count, Nothing(), config, "x")
+        asked = asked_images([Entry("a", "")] * count, 1, 0)
+        kept = measure.make_and_score(SimpleNamespace(makes=makes), asked, Nothing(), 2, "x")
         assert made == batches
         assert kept.seconds_per_image == seconds
-        assert kept.count == count
 
 
 def test_mistakes_of_evaluate(runs, tmp_path, capsys, prompts_file, towers, scorer, reference):
@@ -202,8 +204,9 @@ def test_mistakes_of_evaluate(runs, tmp_path, capsys, prompts_file, towers, scor
 
 def test_where_rows_and_grids_go_is_tried_before_anything_loads(runs, tmp_path, capsys, prompts_file, monkeypatch):
     from train_t2i import evaluate
+    from train_t2i.evaluation import candidates
 
-    monkeypatch.setattr(evaluate, "chosen", lambda config: pytest.fail("models were asked for"))
+    monkeypatch.setattr(candidates, "candidates", lambda *given: pytest.fail("models were asked for"))
     (tmp_path / "file").write_text("")
     common = ["evaluate", runs["one"], "--prompts", prompts_file, "--count", 2]
     for option, path in (

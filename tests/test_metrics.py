@@ -1,4 +1,4 @@
-"""Frechet distance, recall, precision and intervals, against closed forms and plain loops."""
+"""Distances, recall, precision, spread and intervals, against closed forms, plain loops and torchmetrics."""
 
 from __future__ import annotations
 
@@ -73,6 +73,53 @@ def test_frechet_matches_sampled_gaussians():
     )
 
 
+class Flat(torch.nn.Module):
+    """The feature extractor of torchmetrics where images are features already."""
+
+    num_features = 4
+
+    def forward(self, images):
+        return images.flatten(1)
+
+
+def theirs(kind, a, b, **options):
+    metric = kind(feature=Flat(), **options)
+    metric.set_dtype(torch.float64)
+    metric.update(a.reshape(-1, 1, 2, 2), real=True)
+    metric.update(b.reshape(-1, 1, 2, 2), real=False)
+    return metric.compute()
+
+
+def test_frechet_is_that_of_torchmetrics():
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    a, b = normal(50, 4), 2 * normal(70, 4, seed=1) + 1
+    found = theirs(FrechetInceptionDistance, a, b, input_img_size=(1, 2, 2))
+    assert metrics.frechet(a, b) == pytest.approx(float(found), rel=1e-6)
+
+
+# -- kernel distance -------------------------------------------------------------------------------------------------
+
+
+def test_kernel_distance_is_that_of_torchmetrics():
+    from torchmetrics.image.kid import KernelInceptionDistance
+
+    a, b = normal(40, 4), 1.5 * normal(40, 4, seed=1) + 0.5
+    for gamma in (None, 1.0):  # one subset of all rows: no draw is left
+        mean, _ = theirs(KernelInceptionDistance, a, b, subsets=1, subset_size=40, gamma=gamma)
+        assert metrics.kernel_distance(a, b, gamma=gamma) == pytest.approx(float(mean), rel=1e-5)
+        assert metrics.kernel_distance(a, b, gamma=gamma, rows=7) == pytest.approx(float(mean), rel=1e-5)
+
+
+def test_kernel_distance_has_no_bias():
+    """Sets of one distribution come out around 0 however few rows they have; of other sizes as well."""
+    found = [metrics.kernel_distance(normal(6, 3, seed=i), normal(9, 3, seed=1000 + i)) for i in range(400)]
+    values = torch.tensor(found)
+    assert abs(values.mean()) < 3 * values.std() / 20
+    assert values.min() < 0
+    assert metrics.kernel_distance(normal(50, 3), normal(50, 3, seed=1) + 2) > 10 * values.std()
+
+
 # -- recall and precision --------------------------------------------------------------------------------------------
 
 
@@ -111,6 +158,20 @@ def test_a_manifold_needs_neighbours():
         metrics.recall(normal(3, 2), normal(10, 2))
 
 
+# -- spread of the images of a prompt --------------------------------------------------------------------------------
+
+
+def test_spread_is_the_mean_over_pairs():
+    features = torch.nn.functional.normalize(normal(5, 3, 8), dim=-1)
+    found = metrics.spread(features)
+    for prompt in range(3):
+        pairs = [1 - float(features[i, prompt] @ features[j, prompt]) for i in range(5) for j in range(i)]
+        assert found[prompt] == pytest.approx(sum(pairs) / 10, rel=1e-12)
+    assert metrics.spread(features[:1].expand(4, 3, 8)) == pytest.approx([0, 0, 0], abs=1e-12)
+    with pytest.raises(ValueError, match="two at least"):
+        metrics.spread(features[:1])
+
+
 # -- intervals -------------------------------------------------------------------------------------------------------
 
 
@@ -130,3 +191,19 @@ def test_interval_of_shares():
     assert metrics.bootstrap_ci(torch.ones(50)) == (1.0, 1.0)
     low, high = metrics.bootstrap_ci(torch.tensor([1.0] * 95 + [0.0] * 5))
     assert 0.88 < low < 0.95 < high < 1.0
+
+
+def test_wilson_interval():
+    """Figures of Brown, Cai and DasGupta 2001's formula, worked by hand; symmetric, and never a point."""
+    low, high = metrics.wilson_interval(0.5, 4, z=2.0)
+    assert (low, high) == pytest.approx((0.5 - 0.5 / 2**0.5, 0.5 + 0.5 / 2**0.5))
+    assert metrics.wilson_interval(1.0, 10) == pytest.approx((0.722467, 1.0), abs=1e-5)  # 10 / (10 + z^2)
+    for share in (0.0, 0.3, 0.9):
+        low, high = metrics.wilson_interval(share, 25)
+        assert low <= share <= high
+        assert (1 - high, 1 - low) == pytest.approx(metrics.wilson_interval(1 - share, 25))
+        for end in (low, high):  # the ends are the shares from which this one is z standard errors away
+            if 0 < end < 1:
+                assert abs(share - end) == pytest.approx(1.959964 * (end * (1 - end) / 25) ** 0.5)
+    with pytest.raises(ValueError, match="no trials"):
+        metrics.wilson_interval(0.5, 0)

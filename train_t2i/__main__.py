@@ -12,7 +12,8 @@ from train_t2i.errors import EXIT_DONE, EXIT_USER, UserError, told
 VERBS = {
     "train": "distil or fine-tune a model (--method dmdr, ode, sft)",
     "sample": "images from a run, a step of it, or the teacher",
-    "evaluate": "score models on prompts: adherence, rewards, Frechet distance, recall",
+    "evaluate": "score models on the same prompts: rewards, distances, diversity, paired differences, a page to vote on",
+    "votes": "win rates from the votes of that page",
     "cache": "encode every prompt once, so that training needs no text encoder (--prompt-cache)",
     "pairs": "write (noise, prompt, teacher latent) pairs for --method direct",
     "export": "a run's generator as a diffusers pipeline",

@@ -12,6 +12,8 @@ from train_t2i.errors import UserError
 if TYPE_CHECKING:
     from train_t2i.student import ImageModel
 
+IMAGE_LAYOUT_NAMES = ("plain", "hpsv2", "geneval")
+
 
 @dataclass(frozen=True)
 class RunChoice:

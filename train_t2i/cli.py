@@ -36,7 +36,7 @@ ALIASES = {
 }
 
 # fields of verbs that may stand without a flag -> their flag
-STANDING = {"runs": "run", "names": "name"}
+STANDING = {"runs": "run", "names": "name", "files": "file"}
 # fields that are repeated flags -> their flag
 REPEATED = {**STANDING, "sources": "source"}
 
@@ -169,7 +169,7 @@ def _unknown_flag(argument: str, method: str) -> UserError:
 def parse_verb(kind: type, verb: str, arguments: Sequence[str]) -> Any:
     """Flags of a verb other than train -> its dataclass, bounds checked.
 
-    A field of type ``tuple[str, ...]`` is a flag that may be repeated; ``runs`` and ``names`` may also stand without one.
+    A field of type ``tuple[str, ...]`` is a flag that may be repeated; those of ``STANDING`` may also stand without one.
     A verb's own names win over the aliases of training scripts.
     """
     own = {field.name for field in dataclasses.fields(kind)}

@@ -1,72 +1,77 @@
-"""``python -m train_t2i evaluate RUN...``: score models on prompts and write one row a model into a JSON table.
+"""``python -m train_t2i evaluate A [B ...] --prompts FILE``: score models on the same prompts, and compare them in pairs.
+
+A, B are runs, diffusers pipeline folders or folders of images.  What is written, where it is asked for:
+
+    TABLE.json                  a row a model: its scores, distances, time, and what they rest on (``--out``)
+    TABLE.paired.json           each model's scores a prompt; every pair's differences with their intervals
+    TABLE.md                    both, to read
+    FOLDER/index.html           the models side by side, and a blind vote between two (``--side-by-side``)
 
 A row: model, network_calls, adherence, clip, hps, held_out, frechet, recall, ms_per_image (null where it was not asked
-for), and what they rest on: precision, count, seed, ci, step, run, scorers.  A model that is evaluated again replaces
-its row.  Images are scored as they are saved, in 8 bits.  Frechet distance, recall and precision are taken in the
-image features of the held-out tower, which no loss ever saw, against the images of ``--reference``.
+for), precision, kid, diversity, the rewards that have no column of their own, and what they rest on: count,
+samples_per_prompt, seed, ci, step, run, scorers.  A model that is evaluated again replaces its row.  Images are scored as
+they are saved, in 8 bits.  Distances, recall, precision and diversity are taken in the image features of the held-out
+tower, which no loss ever saw, against the images of ``--reference``.
 
     python -m train_t2i evaluate runs/dmdr --name dmdr-1 --prompts eval.txt --scorer shapes.oracle:adherence --out table.json
 """
 
 from __future__ import annotations
 
-import json
-import statistics
 import tempfile
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from train_t2i.choice import ModelChoice, chosen
+from train_t2i.choice import IMAGE_LAYOUT_NAMES, ModelChoice
 from train_t2i.cli import parse_verb
 from train_t2i.config import flag
 from train_t2i.errors import EXIT_DONE, UserError
+from train_t2i.evaluation.table import format_table, markdown, merge_row, read_table, write_text
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from train_t2i.families import Source
+    from train_t2i.evaluation.candidates import Candidate, Questions
+    from train_t2i.evaluation.paired import Scored
+    from train_t2i.evaluation.side_by_side import SideBySide
     from train_t2i.scorers import Scorers
-    from train_t2i.student import ImageModel
-
-COLUMNS = ("model", "network_calls", "adherence", "clip", "hps", "held_out", "frechet", "recall", "ms_per_image")
-MAX_GRID = 64  # images of a saved grid
 
 
 @dataclass(frozen=True)
 class EvaluateConfig(ModelChoice):
-    """Score runs, or the teacher, on prompts: adherence, rewards, Frechet distance, recall, time an image."""
+    """Score runs, pipeline folders, folders of images or the teacher on prompts, and compare them prompt by prompt."""
 
     prompts: str = flag("", "file of prompts; of edit models: image table with source_file_path and text")
-    count: int = flag(500, "prompts to use, from the first", low=2)
+    count: int = flag(500, "prompts to use, from the first (hpsv2: of each style)", low=2)
+    samples_per_prompt: int = flag(1, "images of each prompt; two or more give the diversity", low=1)
+    layout: str = flag(
+        "plain", "how --prompts is read, and where the images of a folder lie", choices=IMAGE_LAYOUT_NAMES
+    )
     seed: int = flag(1000, "image i is made with seed + i", low=0, high=2**62)
     batch_size: int = flag(50, "images a batch", low=1)
-    name: str | None = flag(None, "names of the models in the table, comma list (default: RUN@STEP, or teacher)")
+    name: str | None = flag(None, "names of the models in the table, comma list (default: RUN@STEP, teacher or FOLDER)")
     scorer: str | None = flag(
         None,
         "adherence, module:function, (images (B,3,H,W) in [0,1], prompts) -> (B,); of edit models with the sources as third",
     )
-    clip_reward_model: str | None = flag(None, "CLIP reward: weights file or tower folder")
-    hpsv2_reward_model: str | None = flag(None, "HPSv2.1 reward: weights file or tower folder")
+    rewards: str | None = flag(None, "rewards to score with, comma list of NAME=PATH: weights file or tower folder")
+    clip_reward_model: str | None = flag(None, "the same as --rewards clip=PATH")
+    hpsv2_reward_model: str | None = flag(None, "the same as --rewards hpsv2=PATH")
     magic_prompt: str = flag("", "words put before the prompt for HPS; none here, 'Realistic photo' in training")
-    held_out_model: str | None = flag(None, "CLIP tower that was in no loss: its score, Frechet distance and recall")
-    reference: str | None = flag(None, "table of real images (columns image, prompt) for Frechet distance and recall")
-    reference_count: int = flag(0, "rows of the reference to use, from the first; 0: all", low=0)
-    out: str | None = flag(None, "JSON table to write, or to add the rows to")
+    held_out_model: str | None = flag(None, "CLIP tower that was in no loss: its score, distances, recall, diversity")
+    reference: str | None = flag(
+        None, "real images for distances, precision and recall: a folder, or a table (columns image, prompt)"
+    )
+    reference_count: int = flag(0, "images of the reference to use, from the first; 0: all", low=0)
+    out: str | None = flag(None, "JSON table to write, or to add the rows to; TABLE.paired.json and TABLE.md beside it")
     save_images: str | None = flag(None, "folder for a grid of each model's images")
+    side_by_side: str | None = flag(None, "folder for a page with the models side by side and a blind vote")
+    side_by_side_count: int = flag(100, "prompts on that page, evenly over all", low=1)
 
+    def questions(self) -> Questions:
+        from train_t2i.evaluation.candidates import Questions
 
-@dataclass
-class Made:
-    """What is kept of the images of one model."""
-
-    values: dict[str, list[Tensor]] = field(default_factory=dict)  # score name -> (B,) a batch
-    features: list[Tensor] = field(default_factory=list)  # (B, D) a batch
-    shown: list[Tensor] = field(default_factory=list)  # (3, H, W), the first of them
-    count: int = 0
-    seconds_per_image: list[float] = field(default_factory=list)  # one a batch
+        return Questions(self.prompts, self.count, self.layout, self.samples_per_prompt, self.seed)
 
 
 def check_config(config: EvaluateConfig) -> None:
@@ -80,17 +85,22 @@ def check_config(config: EvaluateConfig) -> None:
             f"--name {config.name}: {models} models are given",
             "give as many different names, separated by commas, or leave it out",
         )
+    folders = [Path(given).resolve().name for given in config.runs if Path(given).is_dir()]
+    if not names and (same := sorted({name for name in folders if folders.count(name) > 1})):
+        raise UserError(f"two of the models are called {same[0]}", "give --name, a name for each")
     if config.reference and not config.held_out_model:
         raise UserError("--reference needs the features of a tower", "give --held-out-model")
     if config.reference_count and not config.reference:
         raise UserError("--reference-count without --reference does nothing", "give --reference")
-    if config.magic_prompt and not config.hpsv2_reward_model:
+    hps = config.hpsv2_reward_model or "hpsv2=" in (config.rewards or "")
+    if config.magic_prompt and not hps:
         raise UserError("--magic-prompt without --hpsv2-reward-model does nothing", "give the reward, or leave it out")
     if config.out:
         read_table(config.out)
         check_writable(f"--out {config.out}", Path(config.out).parent)
-    if config.save_images:
-        check_writable(f"--save-images {config.save_images}", Path(config.save_images))
+    for option, folder in (("--save-images", config.save_images), ("--side-by-side", config.side_by_side)):
+        if folder:
+            check_writable(f"{option} {folder}", Path(folder))
 
 
 def check_writable(given: str, folder: Path) -> None:
@@ -103,185 +113,75 @@ def check_writable(given: str, folder: Path) -> None:
         raise UserError(f"{given}: cannot be written ({error.strerror})", "choose another folder") from None
 
 
-# -- the table -------------------------------------------------------------------------------------------------------
-
-
-def read_table(path: str, option: str = "--out") -> list[dict[str, Any]]:
-    """The rows of a table; none where there is no file yet."""
-    try:
-        rows = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError) as error:
-        raise UserError(f"{option} {path}: cannot be read ({error})", "give a table, or a new file") from None
-    if not isinstance(rows, list) or not all(isinstance(row, dict) and "model" in row for row in rows):
-        raise UserError(f"{option} {path}: not a table of models", "give a table, or a new file")
-    return rows
-
-
-def merge_row(path: str, row: Mapping[str, Any]) -> None:
-    """Put a row into the table in its model's place, or at the end; the file is whole at any instant."""
-    from train_t2i.storage import write_atomically
-
-    rows = read_table(path)
-    places = [i for i, old in enumerate(rows) if old["model"] == row["model"]]
-    if places:
-        rows[places[0]] = dict(row)
-    else:
-        rows.append(dict(row))
-    try:
-        write_atomically(Path(path), json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
-    except OSError as error:
-        raise UserError(f"--out {path}: cannot be written ({error.strerror})", "choose another file") from None
-
-
-def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Plain text, a line a model, columns aligned."""
-
-    def cell(value: Any) -> str:
-        if value is None:
-            return "-"
-        return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-    lines = [list(COLUMNS), *([cell(row.get(name)) for name in COLUMNS] for row in rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
-    pad = [str.ljust, *[str.rjust] * (len(COLUMNS) - 1)]
-    return "\n".join("  ".join(p(text, w) for p, text, w in zip(pad, line, widths)).rstrip() for line in lines)
-
-
-# -- one model -------------------------------------------------------------------------------------------------------
-
-
-def as_saved(images: Tensor) -> Tensor:
-    """(B, 3, H, W) in [0, 1], fp32, rounded to the 8 bits of a PNG."""
-    return (images.detach().float().clamp(0, 1) * 255).round() / 255
-
-
-def timed_images(
-    model: ImageModel, prompts: Sequence[str], seeds: Sequence[int], sources: Sequence[Sequence[Source]]
-) -> tuple[Tensor, float]:
-    """Images and seconds an image: text encoding, network and decoder."""
-    import torch
-
-    started = time.perf_counter()
-    images = model.images(prompts, seeds, sources)
-    if images.is_cuda:
-        torch.cuda.synchronize(images.device)
-    return images, (time.perf_counter() - started) / len(prompts)
-
-
-def make_and_score(
-    model: ImageModel,
-    prompts: Sequence[str],
-    scorers: Scorers,
-    config: EvaluateConfig,
-    label: str,
-    sources: Sequence[Sequence[Source]] = (),
-) -> Made:
-    """All images of one model, batch by batch; only scores, features and the first few images are kept.
-
-    The first batch warms up.  Times are those of the whole batches after it; with no other batch, it is made twice.
-    """
-    from tqdm import tqdm
-
-    made = Made()
-    size = min(config.batch_size, len(prompts))
-    warm_again = len(prompts) < 2 * size
-    with tqdm(total=len(prompts), unit="image", desc=label) as bar:
-        for first in range(0, len(prompts), size):
-            batch = list(prompts[first : first + size])
-            seeds, edited = [config.seed + first + i for i in range(len(batch))], sources[first : first + size]
-            if first == 0 and warm_again:
-                timed_images(model, batch, seeds, edited)
-            images, seconds = timed_images(model, batch, seeds, edited)
-            if len(batch) == size and (first > 0 or warm_again):
-                made.seconds_per_image.append(seconds)
-            pictures = as_saved(images)
-            for name, scores in scorers.scores(pictures, batch, edited).items():
-                made.values.setdefault(name, []).append(scores)
-            if scorers.held_out is not None:
-                made.features.append(scorers.features(pictures))
-            made.shown.extend(pictures[: max(0, MAX_GRID - len(made.shown))].cpu())
-            made.count += len(batch)
-            bar.update(len(batch))
-    return made
-
-
-def row_of(model: ImageModel, name: str, made: Made, scorers: Scorers, config: EvaluateConfig) -> dict:
-    """Means, intervals and distances of one model: a row of the table."""
-    import torch
-
-    from train_t2i import metrics
-
-    values = {key: torch.cat(batches) for key, batches in made.values.items()}
-    row: dict[str, Any] = dict.fromkeys(COLUMNS)
-    row |= {"model": name, "network_calls": model.num_network_calls}
-    row |= {key: float(scores.double().mean()) for key, scores in values.items()}
-    row["ms_per_image"] = 1000 * statistics.median(made.seconds_per_image)
-    row["precision"] = None
-    if scorers.reference is not None:
-        features = torch.cat(made.features)
-        row["frechet"] = metrics.frechet(features, scorers.reference)
-        row["recall"] = metrics.recall(features, scorers.reference)
-        row["precision"] = metrics.precision(features, scorers.reference)
-    settings = model.settings.run
-    return row | {
-        "count": made.count,
-        "seed": config.seed,
-        "p99": {key: float(scores.double().quantile(0.99)) for key, scores in values.items()},
-        "ci": {key: list(metrics.bootstrap_ci(scores, seed=config.seed)) for key, scores in values.items()},
-        "step": model.step,
-        "run": model.run,
-        "scorers": scorers.told
-        | {"batch_size": config.batch_size, "resolution": settings.resolution, "model": settings.pretrained_model},
-    }
-
-
-def save_grid(folder: str, name: str, images: Sequence[Tensor]) -> None:
-    from train_t2i.sample import square_grid
-
-    path = Path(folder) / f"{''.join(c if c.isalnum() or c in '-_.@' else '_' for c in name)}.png"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        square_grid(images).save(path)
-    except OSError as error:
-        raise UserError(f"--save-images {folder}: cannot be written ({error})", "choose another folder") from None
-
-
-def evaluate_model(load: Callable[[], ImageModel], name: str | None, scorers: Scorers, config: EvaluateConfig) -> dict:
-    from train_t2i.feed import asked_of
+def evaluate_model(
+    load: Callable[[], Candidate], name: str | None, scorers: Scorers, config: EvaluateConfig, page: SideBySide | None
+) -> tuple[dict[str, Any], Scored]:
+    """A row of the table, and the scores a prompt; both are in their files when this returns."""
+    from train_t2i.evaluation import measure
+    from train_t2i.image_layouts import asked_images
 
     model = load()
     name = name or model.name
-    prompts, sources = asked_of(model.settings, config.prompts, config.count)
-    scorers.prepare_reference(model.settings.size_px)
-    made = make_and_score(model, prompts, scorers, config, name, sources)
-    row = row_of(model, name, made, scorers, config)
+    entries, sources = model.entries(config.questions())
+    asked = asked_images(entries, config.samples_per_prompt, config.seed)
+    scorers.prepare_reference(model.size_px)
+    keep = page.keep(name, len(entries)) if page else None
+    made = measure.make_and_score(model, asked, scorers, config.batch_size, name, sources, keep)
+    row, scored = measure.measured(model, name, made, asked, scorers, config.batch_size, sources)
     if config.out:
-        merge_row(config.out, row)
+        write_row(config.out, row, scored)
     if config.save_images:
-        save_grid(config.save_images, name, made.shown)
-    return row
+        measure.save_grid(config.save_images, name, made.shown)
+    return row, scored
+
+
+def write_row(out: str, row: dict[str, Any], scored: Scored) -> None:
+    """The table, the pairs and the page of both, with a model's row in its place."""
+    from train_t2i.evaluation.paired import merge_scored
+
+    rows = merge_row(out, row)
+    found = merge_scored(out, scored, [each["model"] for each in rows])
+    write_text(str(Path(out).with_suffix(".md")), markdown(rows, found))
+
+
+def check_prompts(config: EvaluateConfig) -> None:
+    """Enough prompts for what is asked of them; fewer than ``--count`` are told."""
+    from train_t2i.image_layouts import IMAGE_LAYOUTS, check_samples
+    from train_t2i.scorers import MIN_ROWS
+
+    check_samples(config.layout, config.samples_per_prompt)
+    found = len(IMAGE_LAYOUTS[config.layout].read(config.prompts, config.count))
+    if config.reference and found < MIN_ROWS:
+        raise UserError(f"{config.prompts}: {found} prompts", f"--reference needs {MIN_ROWS} at least")
+    if found < config.count:
+        print(f"{config.prompts} holds {found} prompts: all of them are used")
 
 
 def main(arguments: Sequence[str]) -> int:
     config = parse_verb(EvaluateConfig, "evaluate", arguments)
     check_config(config)
-    from train_t2i.prompts import load_prompts
-    from train_t2i.scorers import MIN_ROWS, Scorers
+    from train_t2i.evaluation.candidates import candidates
+    from train_t2i.evaluation.paired import format_pairs, pairs, read_scored
+    from train_t2i.evaluation.side_by_side import SideBySide
+    from train_t2i.scorers import Scorers
 
-    loaders = chosen(config)
-    prompts = load_prompts(config.prompts)[: config.count]
-    if config.reference and len(prompts) < MIN_ROWS:
-        raise UserError(f"{config.prompts}: {len(prompts)} prompts", f"--reference needs {MIN_ROWS} at least")
-    if len(prompts) < config.count:
-        print(f"{config.prompts} holds {len(prompts)} prompts: all of them are used")
+    check_prompts(config)
+    if config.out:
+        read_scored(config.out)
+    loaders = candidates(config, config.questions())
+    side_by_side = config.side_by_side and SideBySide(Path(config.side_by_side), config.side_by_side_count, config.seed)
+    page = side_by_side or None
     scorers = Scorers(config)
     names = config.name.split(",") if config.name else [None] * len(loaders)
-    rows = [evaluate_model(load, name, scorers, config) for load, name in zip(loaders, names, strict=True)]
+    found = [evaluate_model(load, name, scorers, config, page) for load, name in zip(loaders, names, strict=True)]
+    rows = [row for row, _ in found]
     print(format_table(rows))
+    if told := format_pairs(pairs([scored for _, scored in found])):
+        print(told)
     for row in rows:  # where --reward-margin should lie above
-        told = ", ".join(f"{key} {value:.4g}" for key, value in row["p99"].items() if key in ("clip", "hps"))
+        told = ", ".join(f"{key} {row['p99'][key]:.4g}" for key in row["rewards"])
         if told:
             print(f"99th percentiles of {row['model']}: {told}")
+    if page:
+        print(page.write(" and ".join(page.models)))
     return EXIT_DONE

@@ -15,7 +15,7 @@ from pathlib import Path
 from train_t2i.cli import parse_verb
 from train_t2i.config import flag
 from train_t2i.errors import EXIT_DONE, UserError
-from train_t2i.evaluate import read_table
+from train_t2i.evaluation.table import read_table
 from train_t2i.report_data import read_run
 
 

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 Score = Callable[..., Tensor]  # (images, prompts), for edits with the sources -> (B,)
 REFERENCE_BATCH = 64
+REFERENCE_KINDS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")  # of a reference folder
+COLUMN_OF = {"hpsv2": "hps"}  # reward -> column, where the table has another word for it
 MIN_ROWS = 4  # of which each has three neighbours
 
 
@@ -47,6 +49,40 @@ def load_scorer(spec: str) -> Score:
     return found
 
 
+def wanted_rewards(config: EvaluateConfig) -> dict[str, tuple[str, str]]:
+    """Column -> (reward, path of its weights), from ``--rewards`` and the flags of two of them.  Raises UserError."""
+    given = [("clip", config.clip_reward_model), ("hpsv2", config.hpsv2_reward_model)]
+    for part in (config.rewards or "").split(",") if config.rewards else ():
+        kind, equals, path = part.strip().partition("=")
+        if not equals or not path:
+            raise UserError(f"--rewards {part}: not NAME=PATH", "e.g. --rewards clip=FILE,hpsv2=FILE")
+        if kind not in rewards.REWARDS:
+            raise UserError(f"--rewards {part}: no such reward", f"one of {', '.join(rewards.REWARDS)}")
+        given.append((kind, path))
+    wanted: dict[str, tuple[str, str]] = {}
+    for kind, weights in given:
+        if weights is None:
+            continue
+        column = COLUMN_OF.get(kind, kind)
+        if column in wanted:
+            raise UserError(f"--rewards {kind}={weights}: the reward {kind} is given twice", "leave one out")
+        wanted[column] = kind, weights
+    return wanted
+
+
+def reference_rows(reference: str, count: int) -> list[Row]:
+    """The rows of a table, or the images of a folder in the order of their names.  Raises UserError."""
+    folder = Path(reference)
+    if folder.is_dir():
+        files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in REFERENCE_KINDS and path.is_file())
+        rows = [Row(folder, number, path, "") for number, path in enumerate(files, 1)]
+    else:
+        rows = load_rows(reference)
+    if len(rows[: count or None]) < MIN_ROWS:
+        raise UserError(f"--reference {reference}: {len(rows[: count or None])} rows", f"give {MIN_ROWS} at least")
+    return rows[: count or None]
+
+
 def load_reward(kind: str, path: str, device: torch.device) -> Any:
     try:
         return rewards.REWARDS[kind](path, device=device)
@@ -61,27 +97,34 @@ class Scorers:
         self.config = config
         self.device = default_device()
         self.adherence = load_scorer(config.scorer) if config.scorer else None
-        self.rows = load_rows(config.reference)[: config.reference_count or None] if config.reference else []
-        if config.reference and len(self.rows) < MIN_ROWS:
-            raise UserError(f"--reference {config.reference}: {len(self.rows)} rows", f"give {MIN_ROWS} at least")
-        towers = {"clip": ("clip", config.clip_reward_model), "hps": ("hpsv2", config.hpsv2_reward_model)}
-        self.rewards = {name: load_reward(kind, path, self.device) for name, (kind, path) in towers.items() if path}
+        self.rows = reference_rows(config.reference, config.reference_count) if config.reference else []
+        wanted = wanted_rewards(config)
+        self.rewards = {name: load_reward(kind, path, self.device) for name, (kind, path) in wanted.items()}
         self.held_out = load_reward("clip", config.held_out_model, self.device) if config.held_out_model else None
         self.reference: Tensor | None = None  # (N, D)
         self._reference_px: tuple[int, int] | None = None
+        weighed = wanted | ({"held_out": ("clip", config.held_out_model)} if config.held_out_model else {})
         self.told: dict[str, Any] = {
             "scorer": config.scorer,
-            "clip": config.clip_reward_model,
-            "hps": config.hpsv2_reward_model,
+            "clip": None,
+            "hps": None,
+            **{name: path for name, (_, path) in wanted.items()},
             "magic_prompt": config.magic_prompt,
             "held_out": config.held_out_model,
             "reference": config.reference,
             "reference_count": len(self.rows),
-            "weights_xxh3": {name: weights_digest(tower) for name, tower in self._towers().items()},
+            "weights_xxh3": {name: weights_digest(kind, path) for name, (kind, path) in weighed.items()},
         }
 
     def _towers(self) -> dict[str, Any]:
         return self.rewards | ({"held_out": self.held_out} if self.held_out is not None else {})
+
+    def identity(self, score: str) -> str:
+        """What a score is computed with; scores of two models are compared where it is the same."""
+        if score == "adherence":
+            return str(self.config.scorer)
+        weights = self.told["weights_xxh3"]["held_out" if score == "diversity" else score]
+        return f"{weights} {self.config.magic_prompt}".strip() if score == "hps" else weights
 
     @torch.no_grad()
     def scores(
@@ -146,9 +189,9 @@ class Scorers:
         return digest.hexdigest()
 
 
-def weights_digest(tower: Any) -> str:
-    """xxh3 of a tower's weights file: says in the table which weights a number comes from."""
-    return storage.digest(tower.source.weights)[1]
+def weights_digest(kind: str, weights: str) -> str:
+    """xxh3 of a reward's weights file: says in the table which weights a number comes from."""
+    return storage.digest(Path(rewards.inspect_weights(kind, weights).path))[1]
 
 
 def _image_digest(row: Row) -> bytes:
