@@ -145,9 +145,8 @@ def page(title: str, models: Sequence[str], data: dict[str, Any], width_px: int)
     kind = "small" if width_px < SMALL_PX else ""
     rows = "".join(article(row, models, kind) for row in data["rows"])
     tabs = (
-        '<button role=tab id="tab-vote">Vote blind</button><button role=tab id="tab-names">Side by side, with names</button>'
-        if votes
-        else ""
+        '<nav role=tablist><button role=tab id="tab-vote">Vote blind</button>'
+        '<button role=tab id="tab-names">Side by side, with names</button></nav>'
     )
     body = f'<main id="names"{" hidden" if votes else ""}>{rows}</main>'
     if votes:
@@ -158,7 +157,7 @@ def page(title: str, models: Sequence[str], data: dict[str, Any], width_px: int)
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         f"<title>{esc(title)}</title><style>{style}</style></head>"
-        f"<body><header><h1>{esc(title)}</h1>{tabs}</header>{body}</body></html>\n"
+        f"<body><header><h1>{esc(title)}</h1>{tabs if votes else ''}</header>{body}</body></html>\n"
     )
 
 
@@ -181,5 +180,6 @@ def ballot(models: Sequence[str], count: int, kind: str) -> str:
 <button class=main id="download">Save votes</button><button id="clear">Forget</button></div>
 <div id="ballot"><p id="prompt"></p><div class=two>{side("left", "A")}{side("right", "B")}</div>
 <div class=middle><button id="undo">Back<kbd>U</kbd></button><button id="tie">Tie<kbd>T</kbd></button><button id="skip">Skip<kbd>S</kbd></button></div></div>
-<p id="done" hidden>Every prompt of this pair has a vote. Save the votes, then: <code>python -m train_t2i votes votes.json</code></p>
+<div id="done" hidden><p id="finished">Every prompt of this pair has a vote. Save the votes, then count them:
+<code>python -m train_t2i votes votes.json</code></p><button id="skipped"></button> <button id="back">Back<kbd>U</kbd></button></div>
 </main>"""

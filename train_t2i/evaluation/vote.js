@@ -42,8 +42,16 @@
     at("ballot").hidden = done;
     at("done").hidden = !done;
     at("undo").disabled = place === 0;
-    if (done) return;
+    if (done) {
+      const open = data.rows.length - cast;
+      at("finished").hidden = open > 0;
+      at("skipped").hidden = open === 0;
+      at("skipped").textContent = `Go through the ${open} that were skipped`;
+      return;
+    }
     const row = data.rows[place];
+    for (const [choice, id] of [["left", "choose-left"], ["right", "choose-right"], ["tie", "tie"]])
+      at(id).setAttribute("aria-pressed", String(votes()[row.number]?.choice === choice));
     at("prompt").textContent = row.prompt;
     sides(row).forEach((model, side) => {
       at(side ? "right" : "left").src = row.images[model];
@@ -65,6 +73,11 @@
   function go(by) {
     place = Math.min(Math.max(place + by, 0), data.rows.length);
     show();
+  }
+
+  function showNames() {
+    const open = !state.seen && firstOpen() < data.rows.length;
+    if (!open || confirm("Votes after the names have been shown are not counted. Show the names?")) tab("names");
   }
 
   function tab(name) {
@@ -109,10 +122,12 @@
       act();
     }
   });
-  for (const [id, act] of Object.entries({
-    "choose-left": () => vote("left"), "choose-right": () => vote("right"), tie: () => vote("tie"), undo: () => go(-1),
-    skip: () => go(1), download, clear, "tab-vote": () => tab("vote"), "tab-names": () => tab("names"),
-  })) at(id).addEventListener("click", act);
+  const buttons = {
+    "choose-left": () => vote("left"), "choose-right": () => vote("right"), tie: () => vote("tie"),
+    undo: () => go(-1), back: () => go(-1), skip: () => go(1), skipped: () => go(firstOpen() - place),
+    download, clear, "tab-vote": () => tab("vote"), "tab-names": showNames,
+  };
+  for (const [id, act] of Object.entries(buttons)) at(id).addEventListener("click", act);
   at("left").addEventListener("click", () => vote("left"));
   at("right").addEventListener("click", () => vote("right"));
   at("pair").addEventListener("change", (event) => {
