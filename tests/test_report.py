@@ -71,7 +71,8 @@ def story(tmp_path):
     rows = [
         {"model": "teacher", "network_calls": 50, "adherence": 0.945, "frechet": 0.03, "count": 500, "clip": None,
          "ci": {"adherence": [0.925, 0.965]}},
-        {"model": NASTY, "network_calls": 1, "adherence": 0.9, "frechet": 0.02, "count": 500, "ci": {}},
+        {"model": NASTY, "network_calls": 1, "adherence": 0.9, "frechet": 0.02, "count": 500, "ci": {},
+         "rewards": ["clip", "some_reward"], "some_reward": 21.5},
     ]  # fmt: skip
     (tmp_path / "table.json").write_text(json.dumps(rows))
     return tmp_path, [str(cold), str(dmdr)]
@@ -135,6 +136,8 @@ def test_tables_show_values_intervals_and_the_best(story):
     text = report(root, runs, "--table", str(root / "table.json"))
     assert "<td class=best>0.945<small>0.925 to 0.965</small></td>" in text
     assert "<td class=best>0.0200</td>" in text  # the lower distance
+    assert "<th>some_reward<small>higher is better</small></th>" in text  # a reward that the page does not know
+    assert "<td>21.5000</td>" in text
     assert "500 prompts" in text
     assert "HPS" not in text[text.index("<thead>") : text.index("</thead>")]  # no column without a number
 

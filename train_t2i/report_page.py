@@ -24,8 +24,10 @@ COLUMNS: dict[str, tuple[str, str, str]] = {
     "hps": ("HPS", HIGHER, ".4f"),
     "held_out": ("held-out CLIP", HIGHER, ".4f"),
     "frechet": ("Fréchet distance", LOWER, ".4f"),
+    "kid": ("kernel distance", LOWER, ".4f"),
     "recall": ("recall", HIGHER, ".3f"),
     "precision": ("precision", HIGHER, ".3f"),
+    "diversity": ("diversity", HIGHER, ".4f"),
     "ms_per_image": ("ms an image", LOWER, ".1f"),
 }
 # Sizes of grids of images follow the width of the images.
@@ -142,12 +144,21 @@ def best_of(rows: Sequence[Mapping[str, Any]], key: str, direction: str) -> Any:
     return max(values) if direction == HIGHER else min(values)
 
 
+def columns_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, str, str]]:
+    """What the rows hold, rewards that have no column of their own included."""
+    rewards = {name for row in rows if isinstance(row.get("rewards"), list) for name in row["rewards"]}
+    known = COLUMNS | {name: (name, HIGHER, ".4f") for name in sorted(map(str, rewards)) if name not in COLUMNS}
+    return {key: column for key, column in known.items() if any(row.get(key) is not None for row in rows)}
+
+
 def evaluation(table: Table) -> str:
-    keys = [key for key in COLUMNS if any(row.get(key) is not None for row in table.rows)]
-    best = {key: best_of(table.rows, key, COLUMNS[key][1]) for key in keys}
-    heads = "".join(f"<th>{esc(COLUMNS[k][0])}<small>{esc(COLUMNS[k][1])}</small></th>" for k in keys)
+    columns = columns_of(table.rows)
+    best = {key: best_of(table.rows, key, direction) for key, (_, direction, _) in columns.items()}
+    heads = "".join(f"<th>{esc(name)}<small>{esc(direction)}</small></th>" for name, direction, _ in columns.values())
     lines = [
-        f"<tr><td>{esc(row.get('model'))}</td>" + "".join(cell(row, k, COLUMNS[k][2], best[k]) for k in keys) + "</tr>"
+        f"<tr><td>{esc(row.get('model'))}</td>"
+        + "".join(cell(row, key, digits, best[key]) for key, (_, _, digits) in columns.items())
+        + "</tr>"
         for row in table.rows
     ]
     counts = sorted({str(row.get("count")) for row in table.rows if row.get("count")})

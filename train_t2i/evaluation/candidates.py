@@ -5,6 +5,7 @@ Shapes: images (B, 3, H, W) in [0, 1].
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 from collections.abc import Callable, Sequence
@@ -162,7 +163,7 @@ def load_pipeline(folder: Path, call: dict[str, Any], mixed_precision: str) -> O
     device = default_device()
     try:
         pipe = DiffusionPipeline.from_pretrained(
-            folder, torch_dtype=number_format(mixed_precision, device)[0], local_files_only=True, use_safetensors=True
+            folder, dtype=number_format(mixed_precision, device)[0], local_files_only=True, use_safetensors=True
         )
     except (OSError, ValueError, ImportError, AttributeError, RuntimeError) as error:
         raise UserError(f"{folder}: diffusers cannot load it ({short(str(error))})", "export it again") from None
@@ -263,8 +264,6 @@ def _check_metadata(path: Path, asked: Asked) -> None:
 def candidates(choice: ModelChoice, questions: Questions) -> list[Callable[[], Candidate]]:
     """One loader a candidate: the teacher, then runs, pipelines and folders in the order given; all are looked at before
     any is loaded.  Raises UserError."""
-    import dataclasses
-
     loaders: list[Callable[[], Candidate]] = []
     if choice.teacher:
         (teacher,) = chosen(dataclasses.replace(choice, runs=()))
@@ -286,7 +285,5 @@ def _candidate(given: str, choice: ModelChoice, questions: Questions) -> Callabl
     if folder.is_dir() and not (folder / "checkpoints").is_dir():
         found = find_images(folder, questions)
         return lambda: found
-    import dataclasses
-
     (student,) = chosen(dataclasses.replace(choice, runs=(given,), teacher=False))
     return lambda: OfModel(student())
