@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from PIL import Image
-from tiny_runs import refused
+from tiny_runs import pixels, refused
 
 from train_t2i.__main__ import main
 
@@ -113,29 +113,102 @@ def test_rows_are_merged_by_model(runs, tmp_path, prompts_file, scorer, sdxl_fol
 
 def test_reference_features_are_kept_and_follow_their_images(tmp_path, towers, reference, monkeypatch):
     from train_t2i.evaluate import EvaluateConfig
+    from train_t2i.evaluation.features import Features
     from train_t2i.scorers import Scorers
 
     config = EvaluateConfig(
         held_out_model=str(towers["clip"]), reference=str(reference), out=str(tmp_path / "t" / "table.json")
     )
     first = Scorers(config)
-    first.prepare_reference((32, 32))
+    first.features.prepare((32, 32))
     second = Scorers(config)
-    monkeypatch.setattr(Scorers, "features", None)  # must not be called
-    second.prepare_reference((32, 32))
-    assert torch.equal(first.reference, second.reference)
+    monkeypatch.setattr(Features, "_of_reference", None)  # must not be called
+    second.features.prepare((32, 32))
+    assert torch.equal(first.features.references["held_out"], second.features.references["held_out"])
     monkeypatch.undo()
     Image.new("RGB", (32, 32), "red").save(reference.parent / "0.png")
     third = Scorers(config)
-    third.prepare_reference((32, 32))
-    assert not torch.equal(first.reference[0], third.reference[0])
-    assert torch.equal(first.reference[1:], third.reference[1:])
+    third.features.prepare((32, 32))
+    assert not torch.equal(first.features.references["held_out"][0], third.features.references["held_out"][0])
+    assert torch.equal(first.features.references["held_out"][1:], third.features.references["held_out"][1:])
     assert len(list((tmp_path / "t").glob("*.safetensors"))) == 2
     for file in (tmp_path / "t").glob("*.safetensors"):
         file.write_bytes(b"torn")  # made again rather than trusted
     fourth = Scorers(config)
-    fourth.prepare_reference((32, 32))
-    assert torch.equal(third.reference, fourth.reference)
+    fourth.features.prepare((32, 32))
+    assert torch.equal(third.features.references["held_out"], fourth.features.references["held_out"])
+
+
+def test_a_folder_is_a_reference_as_its_table_is(tmp_path, towers, reference):
+    from train_t2i.evaluate import EvaluateConfig
+    from train_t2i.scorers import Scorers
+
+    by_table, by_folder = (
+        Scorers(EvaluateConfig(held_out_model=str(towers["clip"]), reference=str(given))).features
+        for given in (reference, reference.parent)
+    )
+    for features in (by_table, by_folder):
+        features.prepare((32, 32))
+    assert torch.equal(by_table.references["held_out"], by_folder.references["held_out"])
+
+
+@pytest.mark.slow
+def test_fid_is_that_of_torchmetrics_on_the_same_network(runs, tmp_path, capsys, prompts_file, reference):
+    """With random weights, since the published ones are a download: the same file, resizing and features."""
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    from train_t2i.evaluation import inception
+    from train_t2i.student import load_student
+
+    weights = tmp_path / "inception.pth"
+    torch.manual_seed(0)
+    torch.save(untrained_inception(), weights)
+    out = tmp_path / "table.json"
+    asked = ["evaluate", runs["one"], "--prompts", prompts_file, "--count", 4, "--reference", reference, "--out", out]
+    assert main([*map(str, asked), "--inception", str(weights)]) == 0
+    (row,) = json.loads(out.read_text())
+    made = load_student(str(runs["one"])).images(prompts_file.read_text().splitlines()[:4], list(range(1000, 1004)))
+    network = inception.Inception(str(weights), torch.device("cpu")).network
+    theirs = FrechetInceptionDistance(feature=Flat(network)).set_dtype(torch.float64)
+    theirs.update(
+        torch.stack([pixels(reference.parent / f"{i}.png").permute(2, 0, 1).byte() for i in range(6)]), real=True
+    )
+    theirs.update((made * 255).round().to(torch.uint8), real=False)
+    assert row["fid"] == pytest.approx(float(theirs.compute()), rel=1e-3)
+    assert row["fid"] > 0.1
+    assert row["frechet"] is None
+    assert len(row["scorers"]["weights_xxh3"]["inception"]) == 32
+    torch.save({"fc.weight": torch.ones(2)}, weights)
+    assert "other weights" in refused(capsys, *asked, "--inception", weights)
+    weights.write_bytes(b"no weights")
+    assert "--inception" in refused(capsys, *asked, "--inception", weights)
+
+
+class Flat(torch.nn.Module):
+    """A network of torch-fidelity as torchmetrics calls one; it keeps its own number format."""
+
+    num_features = 2048
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = (network,)
+
+    def forward(self, images):
+        return self.network[0](images)[0].double()
+
+
+def untrained_inception():
+    """The tensors of torch-fidelity's Inception-v3, random, of a size that reaches the last layer."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    network = FeatureExtractorInceptionV3.__new__(FeatureExtractorInceptionV3)
+    with pytest.raises(FileNotFoundError):  # its layers are there before it looks for their weights
+        network.__init__("inception-v3-compat", ["2048"], "nowhere")
+    state = network.state_dict()
+    for tensor in state.values():
+        if tensor.ndim == 4:
+            torch.nn.init.kaiming_normal_(tensor)
+    return state
 
 
 def test_times_leave_the_warm_up_and_the_rest_out(monkeypatch):
@@ -145,7 +218,7 @@ def test_times_leave_the_warm_up_and_the_rest_out(monkeypatch):
     from train_t2i.image_layouts import Entry, asked_images
 
     class Nothing:
-        held_out = None
+        features = SimpleNamespace(of=lambda images: {})
 
         def scores(self, images, prompts, sources):
             return {}

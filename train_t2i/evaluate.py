@@ -59,6 +59,9 @@ class EvaluateConfig(ModelChoice):
     hpsv2_reward_model: str | None = flag(None, "the same as --rewards hpsv2=PATH")
     magic_prompt: str = flag("", "words put before the prompt for HPS; none here, 'Realistic photo' in training")
     held_out_model: str | None = flag(None, "CLIP tower that was in no loss: its score, distances, recall, diversity")
+    inception: str | None = flag(
+        None, "Inception-v3 weights file of torch-fidelity: fid and kid_inception as papers take them"
+    )
     reference: str | None = flag(
         None, "real images for distances, precision and recall: a folder, or a table (columns image, prompt)"
     )
@@ -88,8 +91,10 @@ def check_config(config: EvaluateConfig) -> None:
     folders = [Path(given).resolve().name for given in config.runs if Path(given).is_dir()]
     if not names and (same := sorted({name for name in folders if folders.count(name) > 1})):
         raise UserError(f"two of the models are called {same[0]}", "give --name, a name for each")
-    if config.reference and not config.held_out_model:
-        raise UserError("--reference needs the features of a tower", "give --held-out-model")
+    if config.reference and not (config.held_out_model or config.inception):
+        raise UserError("--reference needs the features of a tower", "give --held-out-model, or --inception")
+    if config.inception and not config.reference:
+        raise UserError("--inception without --reference does nothing", "give --reference")
     if config.reference_count and not config.reference:
         raise UserError("--reference-count without --reference does nothing", "give --reference")
     hps = config.hpsv2_reward_model or "hpsv2=" in (config.rewards or "")
@@ -124,7 +129,7 @@ def evaluate_model(
     name = name or model.name
     entries, sources = model.entries(config.questions())
     asked = asked_images(entries, config.samples_per_prompt, config.seed)
-    scorers.prepare_reference(model.size_px)
+    scorers.features.prepare(model.size_px)
     keep = page.keep(name, len(entries)) if page else None
     made = measure.make_and_score(model, asked, scorers, config.batch_size, name, sources, keep)
     row, scored = measure.measured(model, name, made, asked, scorers, config.batch_size, sources)
@@ -146,8 +151,8 @@ def write_row(out: str, row: dict[str, Any], scored: Scored) -> None:
 
 def check_prompts(config: EvaluateConfig) -> None:
     """Enough prompts for what is asked of them; fewer than ``--count`` are told."""
+    from train_t2i.evaluation.features import MIN_ROWS
     from train_t2i.image_layouts import IMAGE_LAYOUTS, check_samples
-    from train_t2i.scorers import MIN_ROWS
 
     check_samples(config.layout, config.samples_per_prompt)
     found = len(IMAGE_LAYOUTS[config.layout].read(config.prompts, config.count))

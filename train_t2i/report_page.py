@@ -28,6 +28,8 @@ COLUMNS: dict[str, tuple[str, str, str]] = {
     "recall": ("recall", HIGHER, ".3f"),
     "precision": ("precision", HIGHER, ".3f"),
     "diversity": ("diversity", HIGHER, ".4f"),
+    "fid": ("FID", LOWER, ".2f"),
+    "kid_inception": ("KID", LOWER, ".5f"),
     "ms_per_image": ("ms an image", LOWER, ".1f"),
 }
 # Sizes of grids of images follow the width of the images.

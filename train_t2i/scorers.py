@@ -1,38 +1,30 @@
-"""What ``evaluate`` scores images with: an adherence function, reward models, a held-out tower and its reference.
+"""What ``evaluate`` scores images with: an adherence function, reward models, a held-out tower.
 
-Shapes: images (B, 3, H, W) in [0, 1]; scores (B,) fp32 on the CPU; features (B, D).
+Shapes: images (B, 3, H, W) in [0, 1]; scores (B,) fp32 on the CPU.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import Tensor
-from tqdm import tqdm
 
 import rewards
 from train_t2i import storage
 from train_t2i.errors import UserError
+from train_t2i.evaluation.features import Features
 from train_t2i.families.base import Source
-from train_t2i.pictures import fit_image
-from train_t2i.rows import Row, load_rows
 from train_t2i.student import default_device
 
 if TYPE_CHECKING:
     from train_t2i.evaluate import EvaluateConfig
 
 Score = Callable[..., Tensor]  # (images, prompts), for edits with the sources -> (B,)
-REFERENCE_BATCH = 64
-REFERENCE_KINDS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")  # of a reference folder
 COLUMN_OF = {"hpsv2": "hps"}  # reward -> column, where the table has another word for it
-MIN_ROWS = 4  # of which each has three neighbours
 
 
 def load_scorer(spec: str) -> Score:
@@ -70,19 +62,6 @@ def wanted_rewards(config: EvaluateConfig) -> dict[str, tuple[str, str]]:
     return wanted
 
 
-def reference_rows(reference: str, count: int) -> list[Row]:
-    """The rows of a table, or the images of a folder in the order of their names.  Raises UserError."""
-    folder = Path(reference)
-    if folder.is_dir():
-        files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in REFERENCE_KINDS and path.is_file())
-        rows = [Row(folder, number, path, "") for number, path in enumerate(files, 1)]
-    else:
-        rows = load_rows(reference)
-    if len(rows[: count or None]) < MIN_ROWS:
-        raise UserError(f"--reference {reference}: {len(rows[: count or None])} rows", f"give {MIN_ROWS} at least")
-    return rows[: count or None]
-
-
 def load_reward(kind: str, path: str, device: torch.device) -> Any:
     try:
         return rewards.REWARDS[kind](path, device=device)
@@ -97,13 +76,12 @@ class Scorers:
         self.config = config
         self.device = default_device()
         self.adherence = load_scorer(config.scorer) if config.scorer else None
-        self.rows = reference_rows(config.reference, config.reference_count) if config.reference else []
         wanted = wanted_rewards(config)
         self.rewards = {name: load_reward(kind, path, self.device) for name, (kind, path) in wanted.items()}
         self.held_out = load_reward("clip", config.held_out_model, self.device) if config.held_out_model else None
-        self.reference: Tensor | None = None  # (N, D)
-        self._reference_px: tuple[int, int] | None = None
         weighed = wanted | ({"held_out": ("clip", config.held_out_model)} if config.held_out_model else {})
+        digests = {name: weights_digest(kind, path) for name, (kind, path) in weighed.items()}
+        self.features = Features(config, self.held_out, digests.get("held_out", ""), self.device)
         self.told: dict[str, Any] = {
             "scorer": config.scorer,
             "clip": None,
@@ -112,8 +90,9 @@ class Scorers:
             "magic_prompt": config.magic_prompt,
             "held_out": config.held_out_model,
             "reference": config.reference,
-            "reference_count": len(self.rows),
-            "weights_xxh3": {name: weights_digest(kind, path) for name, (kind, path) in weighed.items()},
+            "reference_count": len(self.features.rows),
+            "inception": config.inception,
+            "weights_xxh3": digests | self.features.inception_digest,
         }
 
     def _towers(self) -> dict[str, Any]:
@@ -155,66 +134,7 @@ class Scorers:
             )
         return scores
 
-    @torch.no_grad()
-    def features(self, images: Tensor) -> Tensor:
-        """(B, D) fp32 on the CPU: the held-out tower's image features, of length one."""
-        assert self.held_out is not None
-        return self.held_out.encode_images(images).float().cpu()
-
-    def prepare_reference(self, size_px: tuple[int, int]) -> None:
-        """Features of the reference at a model's size; kept beside the table, under a digest of all they depend on."""
-        if not self.rows or self._reference_px == size_px:
-            return
-        key = self._reference_key(size_px)
-        path = Path(self.config.out).parent / f"reference-features-{key}.safetensors" if self.config.out else None
-        self.reference = read_features(path, len(self.rows)) if path else None
-        if self.reference is None:
-            self.reference = self._reference_features(size_px)
-            if path:
-                write_features(path, self.reference)
-        self._reference_px = size_px
-
-    def _reference_features(self, size_px: tuple[int, int]) -> Tensor:
-        features = []
-        for first in tqdm(range(0, len(self.rows), REFERENCE_BATCH), unit="batch", desc="reference"):
-            rows = self.rows[first : first + REFERENCE_BATCH]
-            features.append(self.features(torch.stack([fit_image(row.target, row.place, *size_px) for row in rows])))
-        return torch.cat(features)
-
-    def _reference_key(self, size_px: tuple[int, int]) -> str:
-        digest = hashlib.blake2b(digest_size=8)
-        digest.update(f"{size_px} {self.told['weights_xxh3']['held_out']} {self.held_out.source.preprocess}".encode())  # type: ignore[union-attr]
-        for row in self.rows:
-            digest.update(_image_digest(row))
-        return digest.hexdigest()
-
 
 def weights_digest(kind: str, weights: str) -> str:
     """xxh3 of a reward's weights file: says in the table which weights a number comes from."""
     return storage.digest(Path(rewards.inspect_weights(kind, weights).path))[1]
-
-
-def _image_digest(row: Row) -> bytes:
-    try:
-        return hashlib.blake2b(row.target.read_bytes(), digest_size=16).digest()
-    except OSError as error:
-        raise UserError(f"{row.place}: image {row.target.name} cannot be read ({error.strerror})") from None
-
-
-def read_features(path: Path, count: int) -> Tensor | None:
-    """Features kept by an earlier evaluation, or None where there are none that can be used."""
-    if not path.is_file():
-        return None
-    try:
-        features = load_file(path)["features"]
-    except (OSError, SafetensorError, KeyError):
-        return None
-    return features if len(features) == count else None
-
-
-def write_features(path: Path, features: Tensor) -> None:
-    """Keep features; complete or absent.  Without room for it, the next evaluation computes them again."""
-    try:
-        storage.write_atomically(path, save({"features": features.contiguous()}))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})", "choose another --out") from None

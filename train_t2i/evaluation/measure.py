@@ -19,6 +19,7 @@ from tqdm import tqdm
 from train_t2i import metrics
 from train_t2i.errors import UserError
 from train_t2i.evaluation.candidates import Candidate
+from train_t2i.evaluation.features import distances
 from train_t2i.evaluation.paired import Scored, by_prompt, digest
 from train_t2i.evaluation.table import COLUMNS
 from train_t2i.families import Source
@@ -34,7 +35,7 @@ class Made:
     """What is kept of the images of one model."""
 
     values: dict[str, list[Tensor]] = field(default_factory=dict)  # score name -> (B,) a batch
-    features: list[Tensor] = field(default_factory=list)  # (B, D) a batch
+    features: dict[str, list[Tensor]] = field(default_factory=dict)  # space -> (B, D) a batch
     shown: list[Tensor] = field(default_factory=list)  # (3, H, W), the first of them
     seconds_per_image: list[float] = field(default_factory=list)  # one a batch
 
@@ -82,8 +83,8 @@ def make_and_score(
             pictures = as_saved(images)
             for name, scores in scorers.scores(pictures, [each.prompt for each in batch], edited).items():
                 made.values.setdefault(name, []).append(scores)
-            if scorers.held_out is not None:
-                made.features.append(scorers.features(pictures))
+            for space, features in scorers.features.of(pictures).items():
+                made.features.setdefault(space, []).append(features)
             made.shown.extend(pictures[: max(0, MAX_GRID - len(made.shown))].cpu())
             for each, picture in zip(batch, pictures, strict=True):
                 if keep is not None:
@@ -109,14 +110,10 @@ def measured(
     row |= {"model": name, "network_calls": model.network_calls}
     if made.seconds_per_image:
         row["ms_per_image"] = 1000 * statistics.median(made.seconds_per_image)
-    if scorers.reference is not None:
-        features = torch.cat(made.features)
-        row["frechet"] = metrics.frechet(features, scorers.reference)
-        row["kid"] = metrics.kernel_distance(features, scorers.reference, gamma=1)  # features of length one
-        row["recall"] = metrics.recall(features, scorers.reference)
-        row["precision"] = metrics.precision(features, scorers.reference)
-    if scorers.held_out is not None and len(asked) > prompts:
-        values["diversity"] = metrics.spread(torch.cat(made.features).unflatten(0, (-1, prompts)))
+    for space, reference in scorers.features.references.items():
+        row |= distances(space, torch.cat(made.features[space]), reference)
+    if "held_out" in made.features and len(asked) > prompts:
+        values["diversity"] = metrics.spread(torch.cat(made.features["held_out"]).unflatten(0, (-1, prompts)))
     row |= {key: float(scores.double().mean()) for key, scores in values.items()}
     row |= {
         "count": prompts,

@@ -11,8 +11,8 @@ from train_t2i.errors import UserError
 
 COLUMNS = ("model", "network_calls", "adherence", "clip", "hps", "held_out", "frechet", "recall", "ms_per_image")
 # shown where a row has them, before the time
-MORE = ("kid", "precision", "diversity")
-LOWER_IS_BETTER = ("frechet", "kid", "ms_per_image", "network_calls")
+MORE = ("kid", "precision", "diversity", "fid", "kid_inception")
+LOWER_IS_BETTER = ("frechet", "kid", "fid", "kid_inception", "ms_per_image", "network_calls")
 
 
 def read_table(path: str, option: str = "--out") -> list[dict[str, Any]]:
