@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+ResizeMode = Literal["squash", "longest", "shortest"]
 
 
 class RewardError(ValueError):
@@ -47,19 +49,44 @@ def check_rows(name: str, images: Tensor, prompts: Sequence[str]) -> None:
 
 
 @dataclass(frozen=True)
+class Choices:
+    """Where the field disagrees with what a reward's authors do.  None is the official way, and the default.
+
+    ``antialias``: off is what torchvision before 0.17 did to tensors, and so what HPSv2 scored with then.
+    ``resize_mode``: training code often squashes where the authors pad (HPSv2) or crop (PickScore, ImageReward).
+    ``quick_gelu``: the activation that the tower is built with; with the wrong one it still runs, and scores wrongly.
+    ``logit_scale``: whether the cosine is multiplied by the exponential of the weights' own ``logit_scale``.
+    """
+
+    antialias: bool | None = None
+    resize_mode: ResizeMode | None = None
+    quick_gelu: bool | None = None
+    logit_scale: bool | None = None
+
+    def refuse(self, weights: str | Path, name: str, *without: str) -> None:
+        """RewardError where one of the fields ``without`` is set, which the reward ``name`` has no use for."""
+        for field in fields(self):
+            if field.name in without and getattr(self, field.name) is not None:
+                raise RewardError(weights, f"{name} has no {field.name} to choose", f"leave {field.name} out")
+
+
+OFFICIAL = Choices()
+
+
+@dataclass(frozen=True)
 class WeightsReport:
-    """What a look at a weights file found, without building the model."""
+    """What a look at a weights file found, without building the model, and how the reward will use it."""
 
     path: str  # the file that holds the tensors
     kind: str  # "safetensors" or "torch"
     num_tensors: int
     num_parameters: int
     image_size_px: tuple[int, int]  # height, width of the tower's input
-    quick_gelu: bool
-    resize_mode: str  # squash, longest or shortest
+    choices: dict[str, str]  # what a score depends on beside the weights: resize, antialias, activation, score ...
+    files: tuple[str, ...] = ()  # every file that the reward reads, ``path`` first
 
     def __str__(self) -> str:
         size = "x".join(str(side) for side in reversed(self.image_size_px))
-        gelu = "QuickGELU" if self.quick_gelu else "GELU"
         millions = self.num_parameters / 1e6
-        return f"{self.path}: {self.kind}, {millions:.1f} M parameters, {size} px, {self.resize_mode}, {gelu}"
+        how = ", ".join(self.choices.values())
+        return f"{self.path}: {self.kind}, {millions:.1f} M parameters, {size} px, {how}"

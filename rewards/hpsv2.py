@@ -1,21 +1,29 @@
-"""HPSv2.1: how much people would like an image for its prompt.
+"""HPSv2 (v2.1, or v2.0): how much people would like an image for its prompt.
 
 Score: the raw cosine, in [-1, 1]; about 0.25 for SD 1.4, 0.3 for SDXL and up to 0.35 after reinforcement learning
-(papers print it times 100).  A GELU ViT-H-14.  Its own preprocessing brings the longest side to 224 px and pads with
+(papers print it times 100).  v2.0 is the same architecture with other weights, and on another scale: the two are not to
+be compared, and its package's ``score`` uses v2.0 where nothing is said.  A GELU ViT-H-14.  Its own preprocessing brings the longest side to 224 px and pads with
 black to a square before normalisation; for square images that is the squash that training code often uses instead.
 
-Wu et al. 2023, "Human Preference Score v2", arXiv:2306.09341; weights: HPS_v2.1_compressed.pt.
+The package resizes a tensor and says nothing of antialiasing, which torchvision does since 0.17 and did not before;
+``Choices(antialias=False)`` is the older way.  DiffSynth-Studio's metric of the same name multiplies by the exponential
+of the logit scale: ``Choices(logit_scale=True)``.
+
+Wu et al. 2023, "Human Preference Score v2", arXiv:2306.09341; weights: HPS_v2.1_compressed.pt, HPS_v2_compressed.pt.
 """
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from rewards import tower
-from rewards.base import WeightsReport
+from rewards.base import OFFICIAL, Choices, WeightsReport
 
+VERSION = re.compile(r"HPS_v2([._][01])?(?![0-9])", re.IGNORECASE)
 SPEC = tower.TowerSpec(quick_gelu=False, resize_mode="longest")
 
 
@@ -25,12 +33,22 @@ def build(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     checkpointing: bool = False,
+    choices: Choices = OFFICIAL,
 ) -> tower.CosineReward:
     """HPSv2.1's weights file, or a folder with ``open_clip_config.json``.  Raises RewardError."""
-    source = tower.resolve(weights, SPEC)
+    source = tower.resolve(weights, replace(SPEC, choices=choices))
     return tower.CosineReward("hpsv2", source, dtype=dtype, device=device, checkpointing=checkpointing)
 
 
-def inspect(weights: str | Path) -> WeightsReport:
+def inspect(weights: str | Path, choices: Choices = OFFICIAL) -> WeightsReport:
     """Whether ``build`` would find what it needs, without building.  Raises RewardError."""
-    return tower.inspect(weights, SPEC)
+    report = tower.inspect(weights, replace(SPEC, choices=choices))
+    return replace(report, choices=report.choices | {"version": version(report.path)})
+
+
+def version(path: str) -> str:
+    """What a file's name says: nothing inside the file tells v2.0 from v2.1."""
+    found = VERSION.search(Path(path).name)
+    if found is None:
+        return "v2.0 or v2.1 (not told by the name)"
+    return "v2.1" if (found[1] or "").endswith("1") else "v2.0"

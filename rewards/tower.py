@@ -2,47 +2,51 @@
 
 Shapes: B batch, H and W px of the images, L text tokens, D width of the shared space.
 Where the weights come from is a file (the architecture is then the one the reward was published with) or a folder with
-``open_clip_config.json`` and a weights file.  Nothing here asks a hub for anything.
+``open_clip_config.json``, or transformers' ``config.json``, and a weights file, in open_clip's names or in those of
+transformers' CLIPModel.  Nothing here asks a hub for anything.
 """
 
 from __future__ import annotations
 
-import json
 from collections import OrderedDict
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from open_clip import CLIP, tokenize
 from open_clip.model import convert_weights_to_lp
 from torch import Tensor, nn
 
-from rewards.base import RewardError, WeightsReport, check_rows
-from rewards.preprocess import OPENAI_MEAN, OPENAI_STD, Preprocess, ResizeMode
-from rewards.weights import check_shapes, file_kind, find_weights, read_shapes, read_state
+from rewards.base import OFFICIAL, Choices, ResizeMode, RewardError, WeightsReport
+from rewards.frozen import FrozenReward, load_once
+from rewards.hf_clip import to_open_clip
+from rewards.preprocess import Preprocess
+from rewards.tower_config import BPE_VOCABULARY, read_config, read_preprocess
+from rewards.weights import Shapes, check_shapes, file_kind, find_weights, read_shapes, read_state
 
-CONFIG_NAME = "open_clip_config.json"
-BPE_VOCABULARY = 49408  # tokens in the vocabulary that open_clip carries
 MAX_CACHED_PROMPTS = 8192  # at D = 1024 in fp32: 32 MiB
-# open_clip's ViT-H-14 as published: DFN5B-CLIP-ViT-H-14 (with QuickGELU), HPSv2.1, LAION-2B.
+# open_clip's ViT-H-14 as published: DFN5B-CLIP-ViT-H-14 (with QuickGELU), HPSv2.1, LAION-2B, PickScore.
 VIT_H_14: dict[str, Any] = {
     "embed_dim": 1024,
     "vision_cfg": {"image_size": 224, "layers": 32, "width": 1280, "head_width": 80, "patch_size": 14},
     "text_cfg": {"context_length": 77, "vocab_size": BPE_VOCABULARY, "width": 1024, "heads": 16, "layers": 24},
 }
-# Settings that would make open_clip ask a hub, or build something other than a CLIP.
-FOREIGN = ("custom_text", "multimodal_cfg", "hf_model_name", "hf_tokenizer_name", "timm_model_name")
 
 
 @dataclass(frozen=True)
 class TowerSpec:
-    """What a reward assumes where the weights do not say it themselves."""
+    """What a reward assumes where the weights do not say it themselves, and what its user chose instead."""
 
     quick_gelu: bool  # for a weights file; a folder's config says it itself
     resize_mode: ResizeMode  # for a weights file, and for a folder whose config is silent
+    logit_scale: bool = False  # whether the score is the cosine times exp(logit_scale)
+    centre: Literal["round", "floor"] = "round"
+    choices: Choices = OFFICIAL
+    published: dict[str, Any] = field(default_factory=lambda: VIT_H_14)
+    published_name: str = "ViT-H-14"
 
 
 @dataclass(frozen=True)
@@ -52,43 +56,78 @@ class Source:
     weights: Path
     model_cfg: dict[str, Any]
     preprocess: Preprocess
+    logit_scale: bool = False
+    what: str = "ViT-H-14"  # the architecture in words, for messages
+    config: Path | None = None  # the file that describes the architecture, if one does
 
-    @property
-    def what(self) -> str:
-        """The architecture in words, for messages."""
-        published = self.model_cfg["vision_cfg"] == VIT_H_14["vision_cfg"]
-        kind = "ViT-H-14" if published else f"tower of {CONFIG_NAME}"
-        return f"{kind} ({self.preprocess.size_px[1]} px)"
+    def told(self) -> dict[str, str]:
+        """What a report says of how the weights are used."""
+        gelu = "QuickGELU" if self.model_cfg.get("quick_gelu") else "GELU"
+        score = "cosine x exp(logit_scale)" if self.logit_scale else "cosine"
+        return {**self.preprocess.told(), "activation": gelu, "score": score}
 
 
 def resolve(weights: str | Path, spec: TowerSpec) -> Source:
     """A weights file or a folder -> its Source.  Raises RewardError; reads no tensor."""
     path = Path(weights).expanduser()
     if path.is_dir():
-        config = _read_config(path / CONFIG_NAME)
-        source = Source(find_weights(path), config["model_cfg"], _preprocess(path / CONFIG_NAME, config, spec))
-    else:
-        model_cfg = deepcopy(VIT_H_14) | {"quick_gelu": spec.quick_gelu}
-        source = Source(path, model_cfg, Preprocess((224, 224), spec.resize_mode))
-    file_kind(source.weights)
-    return source
+        return in_folder(path, find_weights(path), spec)
+    size = spec.published["vision_cfg"]["image_size"]
+    model_cfg = deepcopy(spec.published) | {"quick_gelu": spec.quick_gelu}
+    return _chosen(path, model_cfg, Preprocess((size, size), spec.resize_mode), spec, None)
+
+
+def in_folder(folder: Path, weights: Path, spec: TowerSpec) -> Source:
+    """The Source of a weights file beside which a config stands.  Raises RewardError."""
+    path, config = read_config(folder)
+    return _chosen(weights, config["model_cfg"], read_preprocess(path, config, spec.resize_mode), spec, path)
+
+
+def _chosen(
+    weights: Path, model_cfg: dict[str, Any], preprocess: Preprocess, spec: TowerSpec, config: Path | None
+) -> Source:
+    """With the user's choices in place of what the reward or the config says."""
+    file_kind(weights)
+    choices = spec.choices
+    if choices.quick_gelu is not None:
+        model_cfg = model_cfg | {"quick_gelu": choices.quick_gelu}
+    published = model_cfg["vision_cfg"] == spec.published["vision_cfg"]
+    kind = spec.published_name if published else f"tower of {config.name if config else weights.name}"
+    return Source(
+        weights,
+        model_cfg,
+        replace(preprocess, centre=spec.centre).chosen(choices),
+        logit_scale=spec.logit_scale if choices.logit_scale is None else choices.logit_scale,
+        what=f"{kind} ({preprocess.size_px[1]} px)",
+        config=config,
+    )
 
 
 def inspect(weights: str | Path, spec: TowerSpec) -> WeightsReport:
     """Whether a tower could be built: files, architecture, names, shapes.  Allocates nothing.  Raises RewardError."""
-    source = resolve(weights, spec)
+    return report(resolve(weights, spec))
+
+
+def report(source: Source) -> WeightsReport:
+    """What a look at a tower's file found.  Raises RewardError where it is not what the tower needs."""
     model = empty_model(source, torch.float32)
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    check_shapes(source.weights, read_shapes(source.weights), wanted, source.what)
+    check_shapes(source.weights, tower_shapes(source.weights), wanted, source.what)
     return WeightsReport(
         path=str(source.weights),
         kind=file_kind(source.weights),
         num_tensors=len(wanted),
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         image_size_px=source.preprocess.size_px,
-        quick_gelu=bool(source.model_cfg.get("quick_gelu", False)),
-        resize_mode=source.preprocess.resize_mode,
+        choices=source.told(),
+        files=(str(source.weights),),
     )
+
+
+def tower_shapes(path: Path) -> Shapes:
+    """``read_shapes`` under open_clip's names."""
+    empty = {name: torch.empty(shape, device="meta") for name, shape in read_shapes(path).items()}
+    return {name: tuple(tensor.shape) for name, tensor in to_open_clip(empty).items()}
 
 
 def empty_model(source: Source, dtype: torch.dtype) -> CLIP:
@@ -102,9 +141,8 @@ def empty_model(source: Source, dtype: torch.dtype) -> CLIP:
         with torch.device("meta"):
             model = CLIP(**deepcopy(source.model_cfg), cast_dtype=dtype if half else None)
     except Exception as error:  # a config of the user's: TypeError, KeyError, ZeroDivisionError, assertions ...
-        config = source.weights.parent / CONFIG_NAME
         reason = f"describes no tower that open_clip can build ({type(error).__name__}: {error})"
-        raise RewardError(config, reason, "compare it with a config of open_clip") from None
+        raise RewardError(source.config or source.weights, reason, "compare it with a config of open_clip") from None
     if half:
         convert_weights_to_lp(model, dtype)
     else:
@@ -113,10 +151,18 @@ def empty_model(source: Source, dtype: torch.dtype) -> CLIP:
 
 
 def load_model(source: Source, dtype: torch.dtype, device: torch.device) -> CLIP:
-    """The towers with their weights, frozen, in eval mode.  Every name and shape must match.  Raises RewardError."""
+    """The towers with their weights, frozen, in eval mode.  Every name and shape must match.  Raises RewardError.
+
+    Rewards that read the same file share them.
+    """
+    how = (repr(source.model_cfg), dtype, device)
+    return cast(CLIP, load_once(source.weights, how, lambda: _load_model(source, dtype, device)))
+
+
+def _load_model(source: Source, dtype: torch.dtype, device: torch.device) -> CLIP:
     model = empty_model(source, dtype)
     wanted = model.state_dict()
-    state = read_state(source.weights)
+    state = to_open_clip(read_state(source.weights))
     found_shapes, wanted_shapes = ({k: tuple(v.shape) for k, v in tensors.items()} for tensors in (state, wanted))
     check_shapes(source.weights, found_shapes, wanted_shapes, source.what)
     for name, target in wanted.items():  # one at a time: the file's copy goes as the tower's comes
@@ -128,17 +174,20 @@ def load_model(source: Source, dtype: torch.dtype, device: torch.device) -> CLIP
     return cast(CLIP, model.eval().requires_grad_(False))
 
 
-class CosineReward:
-    """Cosine between an image and its raw prompt in the shared space of two towers; no scale, no bias.
+def unit_features(reward: FrozenReward, visual: nn.Module, images: Tensor) -> Tensor:
+    """(B, 3, H, W) in [0, 1] -> (B, D) of length one, of an open_clip image tower."""
+    with torch.autocast(reward.device.type, enabled=False):
+        cast(Any, visual).set_grad_checkpointing(reward.checkpointing)  # told each time: rewards may share a tower
+        features = visual(reward.pixels(images))
+        return nn.functional.normalize(features.to(reward.wide), dim=-1)
 
-    ``dtype`` is that of the towers' layers; preprocessing, the cosine and the scores are fp32.  An autocast around the
-    call changes nothing.  ``checkpointing`` spends a second forward pass of the image tower to save its activations.
 
-    A score depends on its own image and prompt alone.  Prompts are encoded one by one, so that a cached feature is
-    bitwise the one that another batch, or a resumed run, would compute.
+class CosineReward(FrozenReward):
+    """Cosine between an image and its raw prompt in the shared space of two towers; no bias, and no scale by default.
+
+    Prompts are encoded one by one, so that a cached feature is bitwise the one that another batch, or a resumed run,
+    would compute.
     """
-
-    differentiable = True
 
     def __init__(
         self,
@@ -149,32 +198,18 @@ class CosineReward:
         device: str | torch.device = "cpu",
         checkpointing: bool = False,
     ) -> None:
-        self.name = name
+        super().__init__(name, source.preprocess, dtype, device, checkpointing)
         self.source = source
-        self.device = torch.device(device)
-        self.dtype = dtype
         self.model = load_model(source, dtype, self.device)
-        self.model.set_grad_checkpointing(checkpointing)
-        self._wide = torch.promote_types(dtype, torch.float32)  # fp32, or fp64 for checks
+        self.scale = self.model.logit_scale.exp().to(self.wide) if source.logit_scale else 1.0
         self._features: OrderedDict[str, Tensor] = OrderedDict()
 
-    def __call__(self, images: Tensor, prompts: Sequence[str], *, tick: int = 0) -> Tensor:
-        """(B, 3, H, W) in [0, 1] and B prompts -> (B,) fp32 in [-1, 1].  Gradients reach ``images``."""
-        return self.cosine(images, prompts).float()
-
-    def cosine(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """As the call, in fp64 where the towers are fp64."""
-        check_rows(self.name, images, prompts)
-        return (self.encode_images(images) * self.encode_prompts(prompts)).sum(-1)
+    def _scores(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return self.scale * (self.encode_images(images) * self.encode_prompts(prompts)).sum(-1)
 
     def encode_images(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] -> (B, D) of length one."""
-        if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
-            raise ValueError(f"{self.name}: images are (B, 3, H, W) floats, not {tuple(images.shape)} {images.dtype}")
-        with torch.autocast(self.device.type, enabled=False):
-            pixels = self.source.preprocess(images.to(self.device, self._wide))
-            features = self.model.encode_image(pixels.to(self.dtype))
-            return nn.functional.normalize(features.to(self._wide), dim=-1)
+        return unit_features(self, self.model.visual, images)
 
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
         """B prompts -> (B, D) of length one, without a graph.  Tokens beyond ``context_length`` are cut, as in CLIP."""
@@ -188,67 +223,7 @@ class CosineReward:
             tokens = tokenize([prompt], self.model.context_length).to(self.device)  # (1, L), open_clip's own BPE
             # what evaluation caches under inference_mode must still serve training
             with torch.inference_mode(False), torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-                features = self.model.encode_text(tokens).to(self._wide)
+                features = self.model.encode_text(tokens).to(self.wide)
             self._features[prompt] = nn.functional.normalize(features, dim=-1)[0]
         self._features.move_to_end(prompt)
         return self._features[prompt]
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    """``open_clip_config.json``, with what this project can build checked."""
-    try:
-        config = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise RewardError(
-            path, "there is no such file", "a folder needs it beside the weights, or name the file"
-        ) from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise RewardError(path, f"cannot be read as JSON ({error})", "download it again") from None
-    model_cfg = config.get("model_cfg") if isinstance(config, dict) else None
-    if not isinstance(model_cfg, dict) or not {"embed_dim", "vision_cfg", "text_cfg"} <= model_cfg.keys():
-        raise RewardError(path, "has no model_cfg with embed_dim, vision_cfg, text_cfg", "use open_clip's layout")
-    vision, text = model_cfg["vision_cfg"], model_cfg["text_cfg"]
-    if not isinstance(vision, dict) or not isinstance(text, dict):
-        raise RewardError(path, "has a vision_cfg or text_cfg that is not an object", "use open_clip's layout")
-    foreign = [key for part in (model_cfg, vision, text) for key in FOREIGN if part.get(key)]
-    if foreign:
-        raise RewardError(
-            path, f"asks for {foreign[0]!r}", "only open_clip's own CLIP with its own tokenizer is built here"
-        )
-    vocab_size = text.get("vocab_size", BPE_VOCABULARY)
-    if not isinstance(vocab_size, int) or vocab_size < BPE_VOCABULARY:
-        reason = f"has vocab_size {vocab_size!r}, but the CLIP tokenizer gives ids up to {BPE_VOCABULARY - 1}"
-        raise RewardError(path, reason, f"use a tower with the whole vocabulary of {BPE_VOCABULARY}")
-    return config
-
-
-def _preprocess(path: Path, config: dict[str, Any], spec: TowerSpec) -> Preprocess:
-    """A folder's ``preprocess_cfg``; the size is the tower's own."""
-    given = config.get("preprocess_cfg") or {}
-    size = config["model_cfg"]["vision_cfg"].get("image_size", 224)
-    try:
-        height, width = (size, size) if isinstance(size, int) else size
-        preprocess = Preprocess(
-            size_px=(int(height), int(width)),
-            resize_mode=given.get("resize_mode") or spec.resize_mode,
-            mean=_three(given.get("mean"), OPENAI_MEAN),
-            std=_three(given.get("std"), OPENAI_STD),
-            interpolation=given.get("interpolation") or "bicubic",
-            fill=float(given.get("fill_color", 0)) / 255,
-        )
-        known = preprocess.resize_mode in ("squash", "longest", "shortest")
-        if not known or preprocess.interpolation not in ("bicubic", "bilinear") or 0 in preprocess.std:
-            raise ValueError("resize_mode is squash, longest or shortest; interpolation bicubic or bilinear; std not 0")
-    except (AttributeError, TypeError, ValueError) as error:
-        raise RewardError(path, f"has a preprocess_cfg or image_size out of order ({error})", "correct it") from None
-    return preprocess
-
-
-def _three(values: Any, default: tuple[float, ...]) -> tuple[float, ...]:
-    """One number, or three, or nothing -> three numbers."""
-    if not values:
-        return default
-    three = (float(values),) * 3 if isinstance(values, int | float) else tuple(float(value) for value in values)
-    if len(three) != 3:
-        raise ValueError(f"mean and std have 3 values, not {len(three)}")
-    return three

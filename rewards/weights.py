@@ -7,7 +7,8 @@ one ``RewardError`` that names the file and what to do.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -101,6 +102,24 @@ def find_weights(folder: Path) -> Path:
         if found:
             return found[0]
     raise RewardError(folder, "holds no weights file (*.safetensors, *.pt, *.bin)", DOWNLOAD_AGAIN)
+
+
+def check_digests(files: Sequence[str | Path], sha256: Sequence[str]) -> None:
+    """RewardError unless each digest, in hex, is that of one of the files: a flipped bit shows in nothing else."""
+    found = {str(file): _sha256(Path(file)) for file in files}
+    for digest in sha256:
+        if digest.strip().lower() not in found.values():
+            told = ", ".join(f"{value} is that of {Path(file).name}" for file, value in found.items())
+            path = next(iter(found), "no file")
+            raise RewardError(path, f"has not the sha256 {digest} ({told})", f"{DOWNLOAD_AGAIN}, or correct the digest")
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise RewardError(path, f"cannot be read ({error.strerror})", "check its permissions") from None
 
 
 def check_shapes(path: Path, found: Shapes, wanted: Shapes, what: str) -> None:

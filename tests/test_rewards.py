@@ -141,11 +141,11 @@ def test_gradient_equals_finite_differences(name, size, folders):
     reward = REWARDS[name](folders[name], dtype=torch.float64)
     images = random_images(2, *size, dtype=torch.float64).requires_grad_()
     weights = torch.tensor([1.0, -0.5], dtype=torch.float64)  # a row's gradient must come from its own score
-    (grad,) = torch.autograd.grad((weights * reward.cosine(images, PROMPTS[:2])).sum(), images)
+    (grad,) = torch.autograd.grad((weights * reward.scores(images, PROMPTS[:2])).sum(), images)
     for seed in range(3):
         direction = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         with torch.no_grad():
-            up, down = (weights @ reward.cosine(images + h * direction, PROMPTS[:2]) for h in (1e-5, -1e-5))
+            up, down = (weights @ reward.scores(images + h * direction, PROMPTS[:2]) for h in (1e-5, -1e-5))
         torch.testing.assert_close((grad * direction).sum(), (up - down) / 2e-5, rtol=1e-6, atol=1e-9)
 
 
@@ -163,8 +163,8 @@ def test_what_evaluation_cached_serves_training(built):
 def test_checkpointing_keeps_the_gradient(name, folders, built):
     images = random_images(3, 48, 40).requires_grad_()
     checkpointed = REWARDS[name](folders[name], checkpointing=True)
-    assert checkpointed.model.visual.transformer.grad_checkpointing
     grads = [torch.autograd.grad(r(images, PROMPTS[:3]).sum(), images)[0] for r in (built[name], checkpointed)]
+    assert checkpointed.model.visual.transformer.grad_checkpointing  # told by the last call: they share the tower
     torch.testing.assert_close(*grads, atol=1e-7, rtol=1e-5)
     assert grads[0].abs().max() > 1e-4
 
@@ -189,4 +189,4 @@ def test_weights_stay_frozen(name, built):
 def test_importing_rewards_costs_nothing():
     code = "import sys, rewards; assert not {'torch', 'open_clip'} & set(sys.modules); print(*rewards.REWARDS)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert out.stdout.split() == ["clip", "hpsv2"]
+    assert out.stdout.split() == ["clip", "hpsv2", "pickscore", "imagereward", "aesthetic"]
