@@ -187,7 +187,6 @@ def load(source: Source, dtype: torch.dtype, device: torch.device, checkpointing
     model.text.embeddings.position_ids = positions  # not part of the state
     if checkpointing:  # transformers recomputes in training mode only; there is no dropout for it to switch on
         model.vision.gradient_checkpointing_enable({"use_reentrant": False})
-        model.text.gradient_checkpointing_enable({"use_reentrant": False})
     return model.requires_grad_(False).train(checkpointing)
 
 

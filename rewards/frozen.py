@@ -46,6 +46,8 @@ class FrozenReward(ABC):
     def scores(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """As the call, in fp64 where the layers are fp64."""
         check_rows(self.name, images, prompts)
+        if not prompts:
+            return images.new_zeros(0, dtype=self.wide)
         with torch.autocast(self.device.type, enabled=False):
             return self._scores(images, prompts)
 

@@ -62,7 +62,7 @@ def to_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if name in NAMES:
             found[NAMES[name]] = tensor
         elif name in TRANSPOSED and tensor.ndim == 2:
-            found[TRANSPOSED[name]] = tensor.T
+            found[TRANSPOSED[name]] = tensor.T.contiguous()
         elif layer and layer[3] in IN_LAYERS:
             found[f"{TOWERS[layer[1]]}.resblocks.{layer[2]}.{IN_LAYERS[layer[3]]}.{layer[4]}"] = tensor
         elif layer and layer[3] == "self_attn.q_proj":

@@ -43,8 +43,6 @@ class ImageReward(FrozenReward):
         self.model = cast(blip.Blip, model)
 
     def _scores(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        if not prompts:
-            return images.new_zeros(0, dtype=self.wide)
         told = self.tokenizer(
             list(prompts), padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
         ).to(self.device)

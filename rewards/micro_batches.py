@@ -35,20 +35,21 @@ class MicroBatched:
 
         if len(images) <= self.size or len(images) != len(prompts):  # which the reward itself refuses
             return self.reward(images, prompts, tick=tick)
-        return _Scores.apply(images, score, self.size)  # type: ignore[no-any-return]
+        return _Scores.apply(images, score, self.size)
 
 
 class _Scores(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, images: Tensor, score: Callable[[Tensor, int], Tensor], size: int) -> Tensor:
-        scores, gradients = [], []
+        scores: list[Tensor] = []
+        gradients: list[Tensor] = []
         for first in range(0, len(images), size):
             part = images[first : first + size].detach().requires_grad_(ctx.needs_input_grad[0])
             with torch.set_grad_enabled(ctx.needs_input_grad[0]):
                 found = score(part, first)
             scores.append(found.detach())
             if ctx.needs_input_grad[0]:
-                gradients += torch.autograd.grad(found.sum(), part)
+                gradients += torch.autograd.grad(found, part, torch.ones_like(found))
         ctx.save_for_backward(*gradients)
         return torch.cat(scores)
 

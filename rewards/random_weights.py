@@ -88,7 +88,9 @@ def write_transformers(folder: Path, model_cfg: Mapping[str, Any], activation: s
 
 def write_imagereward(folder: Path, *, small: bool, dtype: torch.dtype = torch.float32) -> Path:
     """``ImageReward.pt`` under its authors' names, and a vocabulary."""
-    size_px, patch_px, width, layers, mlp, text_width, text_layers, text_mlp, words = BLIP_SMALL if small else BLIP_LARGE
+    size_px, patch_px, width, layers, mlp, text_width, text_layers, text_mlp, words = (
+        BLIP_SMALL if small else BLIP_LARGE
+    )
     text = {
         "vocab_size": words + 2, "hidden_size": text_width, "encoder_hidden_size": width, "num_hidden_layers": text_layers,
         "num_attention_heads": text_width // blip.HEAD_WIDTH, "intermediate_size": text_mlp, "max_position_embeddings": 512,

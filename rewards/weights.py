@@ -150,11 +150,12 @@ def strip_module(state: Mapping[str, T]) -> dict[str, T]:
 def _load_torch(path: Path, *, lazy: bool) -> dict[str, Tensor]:
     """A torch file's tensors.  ``lazy`` maps the file, so that only the touched pages are read."""
     with path.open("rb") as file:
-        zipped = file.read(2) == b"PK"
-    try:
-        content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=lazy and zipped)
-    except Exception as error:  # torch raises anything from EOFError to RuntimeError here
-        _refuse(path, error)
+        mapped = lazy and file.read(2) == b"PK" and path.suffix != SUFFIXES[0]
+        file.seek(0)
+        try:  # torch maps files by name alone, and takes the name for the format where it ends in .safetensors
+            content: Any = torch.load(path if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
+        except Exception as error:  # torch raises anything from EOFError to RuntimeError here
+            _refuse(path, error)
     if isinstance(content, Mapping) and "state_dict" in content:
         content = content["state_dict"]
     if not isinstance(content, Mapping) or not content:

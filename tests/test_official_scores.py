@@ -49,10 +49,8 @@ def test_hpsv2_equals_its_package(antialias: bool, folders: dict[str, Path]) -> 
 def rounded_by_pil(image: np.ndarray, side_px: int) -> torch.Tensor:
     """The package's resize and crop through PIL, with its 8 bits: the input at which no resampling is left."""
     height, width = image.shape[:2]
-    if height <= width:
-        size = (int(side_px * width / height), side_px)
-    else:
-        size = (side_px, int(side_px * height / width))
+    wide, tall = int(side_px * width / height), int(side_px * height / width)
+    size = (wide, side_px) if height <= width else (side_px, tall)
     resized = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
     top, left = (round((have - side_px) / 2) for have in resized.shape[:2])
     cut = resized[top : top + side_px, left : left + side_px]

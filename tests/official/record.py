@@ -93,25 +93,34 @@ def imagereward_scores(folder: Path) -> list[float]:
     }  # fmt: skip
     (folder / "med_config.json").write_text(json.dumps(med_config))
 
-    def create_vit(*_: Any) -> Any:
-        sizes = {"img_size": size_px, "patch_size": patch_px, "embed_dim": width, "depth": layers, "mlp_ratio": mlp / width}
-        return VisionTransformer(**sizes, num_heads=width // 64), width
+    sizes = {
+        "img_size": size_px,
+        "patch_size": patch_px,
+        "embed_dim": width,
+        "depth": layers,
+        "mlp_ratio": mlp / width,
+    }
+    vision = VisionTransformer(**sizes, num_heads=width // 64)
 
     with (
-        mock.patch.object(blip.BertTokenizer, "from_pretrained", lambda name: BertTokenizer(vocab=known)),
-        mock.patch.object(blip_pretrain, "create_vit", create_vit),
-        mock.patch.object(med.BertModel, "init_weights", lambda self: None),  # every weight is read below
-        mock.patch("ImageReward.ImageReward.MLP", lambda width: MLP(text_width)),
+        mock.patch.object(blip.BertTokenizer, "from_pretrained", return_value=BertTokenizer(vocab=known)),
+        mock.patch.object(blip_pretrain, "create_vit", return_value=(vision, width)),
+        mock.patch.object(med.BertModel, "init_weights"),  # every weight is read below
+        mock.patch("ImageReward.ImageReward.MLP", return_value=MLP(text_width)),
     ):
         # `enc_token_id`, which no score reads, comes from an attribute that transformers has no more
         blip_pretrain.init_tokenizer = lambda: marked(blip.BertTokenizer.from_pretrained("bert-base-uncased"))
         model = Official(str(folder / "med_config.json"))
     found = model.load_state_dict(read_state(weights), strict=False)
     assert not found.unexpected_keys, found
-    assert all(name.startswith(("blip.vision_proj", "blip.text_proj")) or "position_ids" in name for name in found.missing_keys)
+    assert all(
+        name.startswith(("blip.vision_proj", "blip.text_proj")) or "position_ids" in name for name in found.missing_keys
+    )
     model.eval()
     # two methods of every model in transformers 4, which 5 has no more: nothing is masked from the image, and no head is
-    med.BertModel.invert_attention_mask = lambda self, mask: (1.0 - mask[:, None, None, :]) * torch.finfo(torch.float32).min
+    med.BertModel.invert_attention_mask = lambda self, mask: (
+        (1.0 - mask[:, None, None, :]) * torch.finfo(torch.float32).min
+    )
     med.BertModel.get_head_mask = lambda self, mask, layers: [None] * layers
     model.preprocess = _transform(size_px)
     scores = []
@@ -157,7 +166,9 @@ def main() -> None:
         install(folder / "packages")
         record = {
             "packages": list(PACKAGES),
-            "libraries": {name: importlib.metadata.version(name) for name in ("torch", "torchvision", "transformers", "timm")},
+            "libraries": {
+                name: importlib.metadata.version(name) for name in ("torch", "torchvision", "transformers", "timm")
+            },
             "pictures": digest(np.concatenate([picture(*size).ravel() for size in SIZES])),
             "hpsv2": {
                 "weights": digest(read_state(write("hpsv2", folder / "hps") / "open_clip_model.safetensors")),
