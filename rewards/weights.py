@@ -106,7 +106,7 @@ def find_weights(folder: Path) -> Path:
 
 def check_digests(files: Sequence[str | Path], sha256: Sequence[str]) -> None:
     """RewardError unless each digest, in hex, is that of one of the files: a flipped bit shows in nothing else."""
-    found = {str(file): _sha256(Path(file)) for file in files}
+    found = {str(file): sha256_of(Path(file)) for file in files}
     for digest in sha256:
         if digest.strip().lower() not in found.values():
             told = ", ".join(f"{value} is that of {Path(file).name}" for file, value in found.items())
@@ -114,7 +114,8 @@ def check_digests(files: Sequence[str | Path], sha256: Sequence[str]) -> None:
             raise RewardError(path, f"has not the sha256 {digest} ({told})", f"{DOWNLOAD_AGAIN}, or correct the digest")
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """In hex.  Raises RewardError."""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

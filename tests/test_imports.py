@@ -99,7 +99,14 @@ LIBRARIES = {
     "checkpoint": {"torch", "numpy", "safetensors", "xxhash"},
     "prompt_cache": {"torch", "numpy", "xxhash", "pyarrow", "huggingface_hub"},
     "launch": {"yaml"},  # of a node, once its environment is there; the master needs the standard library alone
-    "rewards": {"torch", "torchvision", "open_clip", "transformers", "safetensors"},
+    "rewards": {
+        "torch",
+        "torchvision",
+        "open_clip",
+        "transformers",
+        "safetensors",
+        "PIL",
+    },  # PIL reads the files it scores
     "shapes": {"torch", "numpy", "diffusers", "open_clip", "transformers", "tokenizers", "safetensors", "PIL", "tqdm"},
 }
 RESERVED = {"accelerate": ("engine",), "deepspeed": ("engine",), "bitsandbytes": ("engine", "networks")}
