@@ -188,6 +188,9 @@ def test_published_shapes_are_accepted(name: str, millions: float, size_px: int,
     report = REWARDS[name].inspect(write(name, tmp_path, small=False))
     assert report.num_parameters / 1e6 == pytest.approx(millions, rel=1e-6)
     assert report.image_size_px == (size_px, size_px)
+    if name != "imagereward":  # what a file says of itself and what is known of it without a config are the same
+        (tmp_path / "config.json").unlink()
+        assert REWARDS[name].inspect(tmp_path if name == "aesthetic" else tmp_path / "model.safetensors") == report
 
 
 def test_names_of_imagereward_go_there_and_back(folders: dict[str, Path]) -> None:
