@@ -247,6 +247,9 @@ def test_damaged_weights_give_one_line(name: str, file: str, kind: str, tmp_path
     digests = [sha256(path) for path in given]
     REWARDS[name](folder, sha256=digests)
     damage(kind, folder / file, tmp_path / "canary")
+    if kind not in ("nan", "hole", "flipped bit"):  # which show in the values alone
+        with pytest.raises(RewardError, match=DAMAGES[kind]):
+            REWARDS[name].inspect(folder)
     with pytest.raises(RewardError, match=DAMAGES[kind]) as caught:
         REWARDS[name](folder, sha256=digests if kind == "flipped bit" else ())
     assert str(folder) in str(caught.value)
