@@ -20,6 +20,7 @@ PACKAGES = ("train_t2i", "rewards", "shapes")
 ROOMS = {
     "errors": set(),
     "sizes": set(),
+    "guard": set(),
     "config": {"sizes"},
     "data": {"sizes"},
     "log": set(),
@@ -47,7 +48,16 @@ ROOMS = {
         "rewards",
         "randomness",
         "prompt_cache",
-        *("build", "feed", "sheet", "run", "resume", "watchdog"),  # its own parts, which other verbs share
+        *(
+            "build",
+            "feed",
+            "sheet",
+            "run",
+            "resume",
+            "watchdog",
+            "monitor",
+            "guard",
+        ),  # its own parts, which other verbs share
     },
     "launch": set(),
     "rewards": set(),
@@ -84,6 +94,7 @@ ANNEXES = {
 # room -> the third-party packages it may import; a room that is not named may import any that is not reserved.
 LIBRARIES = {
     "errors": set(),
+    "guard": set(),
     "sizes": set(),
     "config": {"yaml"},
     "data": {"torch", "numpy", "PIL", "pyarrow", "xxhash", "tqdm", "datasets", "safetensors"},

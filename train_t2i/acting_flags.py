@@ -40,7 +40,7 @@ def _sees_images(v: Values) -> bool:
 
 
 def _rewarded(v: Values) -> bool:
-    return v.method == "dmdr" and bool(v.clip_reward_model or v.hpsv2_reward_model)
+    return v.method == "dmdr" and bool(v.clip_reward_model or v.hpsv2_reward_model or v.extra_reward)
 
 
 def _edits(v: Values) -> bool:
@@ -82,6 +82,8 @@ NO_LOGIT = ("without it", "set --weighting-scheme logit_normal")
 MODULES = ("trainable_modules", "trainable_modules_low_learning_rate")
 NO_CLIP = ("without --clip-reward-model", "give that model")
 NO_HPS = ("without --hpsv2-reward-model", "give that model")
+NO_MONITOR = ("without --monitor-rewards", "give them")
+NO_GUARD = ("without --reward-guard", "set it to warn, scale or stop")
 UNIFORM_GEN = ("with --s-type-gen uniform", "set --s-type-gen beta or logit_normal")
 UNIFORM_GUI = ("with --s-type-gui uniform", "set --s-type-gui beta or logit_normal")
 
@@ -146,9 +148,16 @@ CONDITIONAL = (
     Acts("feature_weight", lambda v: v.feature_model, "without --feature-model", "give that model"),
     Acts("reward_clip_weight", lambda v: v.clip_reward_model or v.reward_clip_weight == 0, *NO_CLIP),
     Acts("reward_hps_weight", lambda v: v.hpsv2_reward_model or v.reward_hps_weight == 0, *NO_HPS),
+    Acts("reward_extra_weight", lambda v: v.extra_reward or v.reward_extra_weight == 0, "without --extra-reward", "give it"),
     Acts("reward_margin", _rewarded, *NO_REWARD),
     Acts("magic_prompt", lambda v: v.hpsv2_reward_model, *NO_HPS),
     Acts("magic_prompt", lambda v: not v.srpo, "with --srpo, which has words of its own", "set --srpo-positive"),
     Acts("srpo", lambda v: v.hpsv2_reward_model, *NO_HPS),
+    Acts("monitor_seeds", lambda v: v.monitor_rewards, *NO_MONITOR),
+    Acts("monitor_reference", lambda v: v.monitor_rewards, *NO_MONITOR),
+    Acts("reward_guard", _rewarded, *NO_REWARD),
+    Acts("guard_reward_drop", lambda v: v.reward_guard != "off", *NO_GUARD),
+    Acts("guard_diversity_drop", lambda v: v.reward_guard != "off", *NO_GUARD),
+    Acts("guard_factor", lambda v: v.reward_guard == "scale", "but for --reward-guard scale", "set that"),
     *(Acts(name, lambda v: v.srpo, "without --srpo", "give --srpo on") for name in ("srpo_k", "srpo_positive", "srpo_negative")),
 )  # fmt: skip

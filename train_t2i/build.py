@@ -28,6 +28,7 @@ from train_t2i.config import (
 )
 from train_t2i.config_checks import check_acts, check_backend
 from train_t2i.errors import UserError
+from train_t2i.extra_reward import load_extra
 from train_t2i.families import FAMILIES, Family, family_of, load_family
 from train_t2i.initial_weights import TAKES, load_generator_weights
 from train_t2i.methods import METHODS, Method, RewardTerm, Setting
@@ -200,14 +201,16 @@ def build_method(
 
 
 def reward_files(config: Any) -> dict[str, str]:
-    """Reward name -> its weights, for the rewards that are on."""
+    """Reward name -> its weights file or folder, for the reward models that are on."""
     if not isinstance(config, DMDRConfig):
         return {}
-    return {name: path for name, (path, _) in reward_weights(config).items() if path}
+    return {name: path for name, (path, _) in reward_weights(config).items() if path and name in rewards.REWARDS}
 
 
 def check_rewards(config: Any) -> list[str]:
     """Look at every reward's file, also of those that this run never reaches; lines that say what was found."""
+    if isinstance(config, DMDRConfig) and config.extra_reward:
+        load_extra(config.extra_reward)
     files = [(f"reward {name}", name, path) for name, path in reward_files(config).items()]
     if isinstance(config, DirectConfig) and config.feature_model:
         files.append(("features", "clip", config.feature_model))
@@ -260,4 +263,7 @@ def build_rewards(
             score = semantic_relative(score, config, seed)
         _, weight = reward_weights(config)[name]
         terms.append(RewardTerm(short, score, weight, config.reward_margin, prefix))
+    if isinstance(config, DMDRConfig) and config.extra_reward:
+        extra = load_extra(config.extra_reward)
+        terms.append(RewardTerm("extra", extra, config.reward_extra_weight, config.reward_margin))
     return tuple(terms)

@@ -184,17 +184,18 @@ class RunFolder:
                 return self.record(step)
         return None
 
-    def prune(self, keep: int | None) -> None:
+    def prune(self, keep: int | None, good: int | None = None) -> None:
         """Remove all but the ``keep`` newest checkpoints, and never the last valid one.  None keeps all.
 
-        To be called after a save.  A checkpoint that cannot be removed is a warning: training goes on.
+        The newest that is not later than the step ``good`` stays as well.  To be called after a save.  A checkpoint that cannot be removed is a warning: training goes on.
         """
         if keep is None:
             return
         if keep < 1:
             raise ValueError("keep must be at least 1")
         steps = self.steps()
-        kept, old = steps[:keep], steps[keep:]
+        spared = next((step for step in steps if good is not None and step <= good), None)
+        kept, old = steps[:keep], [step for step in steps[keep:] if step != spared]
         if old and all(self.damage(self.record(step)) for step in kept):
             last_valid = next((step for step in old if not self.damage(self.record(step))), None)
             old = [step for step in old if step != last_valid]

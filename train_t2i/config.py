@@ -227,8 +227,21 @@ def any_of(targets: Sequence[str]) -> str:
 
 
 def reward_weights(method: DMDRConfig) -> dict[str, tuple[str | None, float]]:
-    """Reward name -> (its model, which turns it on, and its weight; 0 watches)."""
+    """Reward name -> (its model or function, which turns it on, and its weight; 0 watches)."""
     return {
         "clip": (method.clip_reward_model, method.reward_clip_weight),
         "hpsv2": (method.hpsv2_reward_model, method.reward_hps_weight),
+        "extra": (method.extra_reward, method.reward_extra_weight),
     }
+
+
+def monitor_paths(method: DMDRConfig) -> dict[str, str]:
+    """Reward name -> its weights, of the rewards that are watched and in no loss.  Raises UserError."""
+    paths: dict[str, str] = {}
+    for entry in listed(method.monitor_rewards):
+        name, equals, path = entry.partition("=")
+        if not (name and equals and path) or name in paths:
+            told = "is given twice" if name in paths else "is not NAME=PATH"
+            raise UserError(f"--monitor-rewards {entry}: {told}", "e.g. clip=FOLDER,hpsv2=FILE")
+        paths[name] = path
+    return paths

@@ -17,6 +17,7 @@ from train_t2i.config import (
     any_of,
     fields_of,
     listed,
+    monitor_paths,
     resolved_layout,
     reward_weights,
 )
@@ -48,6 +49,7 @@ def check(settings: Settings) -> None:
     _check_targets(run.lora_targets)
     if isinstance(settings.method, DMDRConfig):
         _check_dmdr(run, settings.method)
+        _check_guard(run, settings.method)
     if run.method == "arcflow" and not run.use_lora_gen:
         raise UserError("--method arcflow trains a LoRA and the layers of its head", "give --use-lora-gen")
     if isinstance(settings.method, DirectConfig):
@@ -176,6 +178,26 @@ def _check_dmdr(run: Config, method: DMDRConfig) -> None:
     if method.dmd_weight == 0 and not any(on.values()):
         raise UserError(
             "--dmd-weight 0 without a reward trains nothing", "give a reward model and its weight, or --dmd-weight 1"
+        )
+
+
+def _check_guard(run: Config, method: DMDRConfig) -> None:
+    guard, monitored = method.reward_guard, monitor_paths(method)
+    if guard == "off":
+        return
+    if not monitored:
+        raise UserError(f"--reward-guard {guard} has nothing to judge by", "give --monitor-rewards NAME=PATH")
+    if not run.sample_steps:
+        raise UserError(f"--reward-guard {guard} looks at every --sample-steps, which is 0", "set it")
+    if guard == "stop" and not run.checkpoint_steps:
+        raise UserError(
+            "--reward-guard stop names the last good checkpoint, and --checkpoint-steps 0 leaves none",
+            "set --checkpoint-steps, best to a multiple of --sample-steps",
+        )
+    if guard == "scale" and method.dmd_weight == 0:
+        raise UserError(
+            "--reward-guard scale with --dmd-weight 0: Adam's steps do not depend on the scale of the only loss",
+            "take stop, or give the rewards something to be weighed against",
         )
 
 

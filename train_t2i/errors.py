@@ -10,6 +10,7 @@ EXIT_DISK = 5
 EXIT_HANG = 6  # this process stood still
 EXIT_LOCKED = 7
 EXIT_LOST = 8  # another process of this run ended or cannot be reached
+EXIT_GAMED = 9  # stopped by --reward-guard stop, saved
 EXIT_PREEMPTED = 75  # stopped by a signal, saved, can be resumed
 
 

@@ -1,7 +1,7 @@
 """Metrics -> JSON lines, log.txt, a progress bar, wandb and tensorboard; sample grids.
 
-One line an update in ``loss_logs/loss_gen_log.jsonl`` and ``loss_gui_log.jsonl``: always the same keys, null where a
-metric was not computed.  ``seconds_tick`` and ``peak_memory_gib`` (the main process's so far: of its GPU, or its resident
+One line an update in ``loss_logs/loss_gen_log.jsonl`` and ``loss_gui_log.jsonl``, and one a reading of what is watched in
+``monitor_log.jsonl``: always the same keys, null where a metric was not computed.  ``seconds_tick`` and ``peak_memory_gib`` (the main process's so far: of its GPU, or its resident
 memory on the CPU) are measured; everything else is a function of the run's settings.
 """
 
@@ -27,7 +27,11 @@ from tqdm import tqdm
 
 from train_t2i.errors import UserError
 
-LOSS_FILES = {"generator": "loss_gen_log.jsonl", "guidance": "loss_gui_log.jsonl"}
+LOSS_FILES = {
+    "generator": "loss_gen_log.jsonl",
+    "guidance": "loss_gui_log.jsonl",
+    "monitor": "monitor_log.jsonl",
+}
 COUNTERS = ("tick", "step", "samples_seen")
 SECONDS_BETWEEN_LINES = 30  # where the progress bar has no terminal
 WANDB_CLOUD = {"api.wandb.ai", "api.forge.coreweave.com"}  # two names of one service; a login holds for both
@@ -87,6 +91,11 @@ class RunLog:
             self._latest |= {f"{role}/{name}": means[name] for name in means}
         self._sums = {}
         self._show(step, tick, measured["seconds_tick"])
+
+    def reading(self, step: int, samples_seen: int, values: Mapping[str, float | None]) -> None:
+        """One line of what was watched after the last tick."""
+        line: dict[str, Any] = dict(zip(COUNTERS, (self._tick, step, samples_seen), strict=True))
+        self._write("monitor", line | {name: _jsonable(value) for name, value in values.items()})
 
     def _write(self, role: str, line: dict[str, Any]) -> None:
         if not self.is_main:

@@ -9,6 +9,7 @@ from train_t2i.flags import flag
 
 TIME_KINDS = ("uniform", "beta", "logit_normal")
 POLICIES = ("momentum", "gmflow")
+GUARDS = ("off", "warn", "scale", "stop")
 WEIGHTINGS = ("none", "logit_normal", "mode", "sigma_sqrt", "cosmap")
 
 
@@ -36,8 +37,12 @@ class DMDRConfig:
         None, "CLIP reward: weights file (DFN5B ViT-H-14) or tower folder; on iff given"
     )
     hpsv2_reward_model: str | None = flag(None, "HPSv2.1 reward: weights file or tower folder; on iff given")
+    extra_reward: str | None = flag(
+        None, "a reward of your own, MODULE:FUNCTION of (images (B,3,H,W) in [0,1], prompts) -> (B,) with a gradient"
+    )
     reward_clip_weight: float = flag(0.3, "weight of the CLIP loss", low=0)
     reward_hps_weight: float = flag(0.3, "weight of the HPS loss", low=0)
+    reward_extra_weight: float = flag(0.3, "weight of the loss of --extra-reward", low=0)
     reward_margin: float = flag(0.7, "rewards above this are not pushed further")
     magic_prompt: str = flag("Realistic photo", "words put before the prompt for HPS alone; empty: none")
     srpo: bool = flag(
@@ -46,6 +51,28 @@ class DMDRConfig:
     srpo_k: float = flag(0.1, "what is left of the plain score: (1 + k) cos(positive) - cos(negative)", low=0)
     srpo_positive: str = flag("Natural-lighting,Detailed,Realistic", "comma list of words to move towards")
     srpo_negative: str = flag("Painting,CG Render,Oil", "comma list of words to move away from")
+    monitor_rewards: str = flag(
+        "",
+        "rewards that are in no loss, NAME=PATH with commas between, read off the sample prompts at every --sample-steps; "
+        "the first is a tower (clip, hpsv2), whose features say how diverse the images are",
+    )
+    monitor_seeds: int = flag(4, "images of each sample prompt that are read", low=2)
+    monitor_reference: str | None = flag(
+        None, "table of real images (columns image, prompt), of which the images read should cover a share: recall"
+    )
+    reward_guard: str = flag(
+        "off",
+        "when a reward has risen and a monitored one or diversity has fallen: warn, scale the reward weights down, or stop",
+        resume="warn",
+        choices=GUARDS,
+    )
+    guard_reward_drop: float = flag(
+        0.25, "fall of a monitored reward, in deviations of its scores when rewards began", resume="warn", low=0
+    )
+    guard_diversity_drop: float = flag(0.2, "fall of diversity, as a share of its best", resume="warn", low=0, below=1)
+    guard_factor: float = flag(
+        0.5, "what --reward-guard scale multiplies all reward weights by, each time", resume="warn", low=0, below=1
+    )
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from train_t2i import __version__, build, log
+from train_t2i import __version__, build, log, monitor
 from train_t2i.checkpoint import RunFolder
 from train_t2i.config import ArcFlowConfig, DMDRConfig, Settings, SFTConfig, listed
 from train_t2i.engine import AdamSettings, Engine
@@ -30,6 +30,7 @@ from train_t2i.resume import (
     find_checkpoint,
     kept_batch,
     owns,
+    readings_of,
     restore,
     told_of_start,
 )
@@ -109,11 +110,15 @@ def prepare(settings: Settings, folder: RunFolder, engine: Engine, stop: StopReq
     cfg, kind = settings.run, METHODS[settings.run.method]
     resumed = find_resumed(settings, folder, engine)
     check_trains(settings, resumed.record["step"])
+    if resumed.continues and (gamed := monitor.stop_of(settings, readings_of(resumed.record), folder)):
+        raise gamed
     build.check_started(settings, engine.backend_name)
     found = [*engine.told, *build.check_rewards(settings.method)]
     build.check_initial(cfg)
     data, batch, settings = read_data(settings, folder, engine, resumed)
     asked = sheet_rows(settings, data)
+    watched, reference = monitor.check(settings, len(asked[0]))
+    found += watched
     if cfg.prompt_cache:
         PromptCache(cfg.prompt_cache).need([*asked[0], getattr(settings.method, "negative_prompt", "")])
 
@@ -141,7 +146,9 @@ def prepare(settings: Settings, folder: RunFolder, engine: Engine, stop: StopReq
     workers = cfg.num_workers if data.reads_images else 0
     feed = Feed(data, cfg.seed, *batch, engine.rank, engine.world, workers)
     quiet_log = log.RunLog(folder.root, method.columns, is_main=False)
-    run = Run(settings, folder, engine, networks, method, feed, quiet_log, SampleSheet.none(), State(), stop, watch)
+    run = Run(
+        settings, folder, engine, networks, method, feed, quiet_log, SampleSheet.none(), None, State(), stop, watch
+    )
     if resumed.path:
         restore(run, resumed.path)
     # what comes after the checkpoint is written again; without one of its own, everything is
@@ -150,6 +157,7 @@ def prepare(settings: Settings, folder: RunFolder, engine: Engine, stop: StopReq
         log.cut_logs(folder.root, first_tick)
     run.log = make_log(run, first_tick)
     run.sheet = SampleSheet.build(settings, method, networks, folder.root, run.log, asked, engine)
+    run.monitor = monitor.build_monitor(settings, run.sheet, terms, reference, engine.dtype)
     told = [*resumed.told, *(told_of_batch(resumed.record, engine, batch) if resumed.continues else [])]
     announce(run, resumed.path, [*found, *told, *advice(settings, resumed.path)])
     return run

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from train_t2i import __version__, build
+from train_t2i import __version__, build, monitor
 from train_t2i.adapters import export_adapter
 from train_t2i.checkpoint import RECORDS, Part, RunFolder, run_of
 from train_t2i.config import Config, Settings, fields_of, resolved_layout
 from train_t2i.engine import RoleState
 from train_t2i.errors import UserError
 from train_t2i.families import Family
+from train_t2i.guard import Reading
 from train_t2i.methods import METHODS
 from train_t2i.methods.base import Clock
 from train_t2i.networks import Role
@@ -24,6 +26,7 @@ from train_t2i.run import Run, State
 STAGE_FIELDS = ("model_family", "use_lora_gen", "lora_rank", "lora_targets", "layout", "sample_num_steps")
 GRID_TOLERANCE = 1e-6
 BATCH_FIELDS = ("batch_size", "gradient_accumulation_steps")
+SHEET_FIELDS = ("batch_size_test", "sample_prompts")  # what readings of one run have in common
 INIT_FIELDS = ("generator_init", "xl_ode_pretrain_path")  # frozen under a LoRA, so not in its checkpoints
 EXPORTS: dict[Role, str] = {"generator": "lora_gen", "guidance": "lora_gui"}
 
@@ -36,10 +39,11 @@ def save(run: Run) -> None:
     run.saver.wait()  # one copy at a time
     parts, record = checkpoint_parts(run), checkpoint_record(run)
     step, keep = run.state.clock.step, run.settings.run.checkpoints_total_limit or None
+    good = monitor.good_step(run.settings, run.state.readings)
 
     def write() -> None:
         run.folder.save(step, parts, record)
-        run.folder.prune(keep)
+        run.folder.prune(keep, good)
 
     if run.engine.is_main:
         run.saver.start(write)
@@ -71,6 +75,8 @@ def checkpoint_record(run: Run) -> dict[str, Any]:
         "samples_seen": state.samples_seen,
         "first_step": state.first_step,
         "skipped_by_role": state.skipped_in_a_row,
+        "readings": [asdict(reading) for reading in state.readings],
+        "reward_scale": state.clock.reward_scale,
         "world_size": run.engine.world,
         "global_batch": run.feed.global_batch,
         "rows": len(run.feed.dataset),
@@ -124,7 +130,8 @@ def check_resumable(settings: Settings, path: Path, folder: RunFolder) -> tuple[
     if owns(folder, path):
         fatal = [name for name in changed if fields[name].metadata["resume"] == "fatal"]
         fix = "set them back, or start a new --exp-name from this checkpoint"
-        told = {name: line for name, line in told.items() if fields[name].metadata["resume"] != "free"}
+        fatal += [name for name in changed if name in SHEET_FIELDS and now.get("monitor_rewards")]
+        told = {name: told[name] for name in told if name in fatal or fields[name].metadata["resume"] != "free"}
         fatal = [name for name in fatal if name not in BATCH_FIELDS]  # checked as a whole: global_batch_kept
     else:
         fatal = [name for name in changed if name in _stage_fields(settings.run, then)]
@@ -247,6 +254,11 @@ def _other_times(cfg: Config, family: Family, record: dict[str, Any]) -> tuple[s
     return past, present
 
 
+def readings_of(record: dict[str, Any]) -> list[Reading]:
+    """What was watched up to a checkpoint; those of older versions have nothing."""
+    return [Reading(**reading) for reading in record.get("readings", ())]
+
+
 def _has_part(record: dict[str, Any], role: Role) -> bool:
     return any(name.startswith(f"{build.ROLE_FOLDERS[role]}/") for name in record["manifest"])
 
@@ -273,4 +285,6 @@ def restore(run: Run, path: Path) -> None:
     first_step = record["first_step"] if continues else record["step"]
     batch = run.feed.global_batch  # of a stage its own; it starts at a whole one
     samples = -(-record["samples_seen"] // batch) * batch
-    run.state = State(Clock(record["tick"], record["step"]), samples, first_step, skipped)
+    scale = record.get("reward_scale", 1.0) if continues else 1.0
+    readings = readings_of(record) if continues else []
+    run.state = State(Clock(record["tick"], record["step"], reward_scale=scale), samples, first_step, skipped, readings)

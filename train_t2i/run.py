@@ -7,16 +7,18 @@ import signal
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import FrameType
 
 from train_t2i.checkpoint import RunFolder
 from train_t2i.config import Settings
 from train_t2i.engine import Engine
 from train_t2i.feed import Feed
+from train_t2i.guard import Reading
 from train_t2i.log import RunLog
 from train_t2i.methods import Method
 from train_t2i.methods.base import Clock
+from train_t2i.monitor import Monitor
 from train_t2i.networks import Networks
 from train_t2i.sheet import SampleSheet
 from train_t2i.watchdog import Watchdog
@@ -32,11 +34,16 @@ class State:
     samples_seen: int = 0
     first_step: int = 0  # of this stage: the rates are a function of the steps since
     skipped_in_a_row: dict[str, int] = field(default_factory=dict)  # a role
+    readings: list[Reading] = field(default_factory=list)  # of this stage, by step
 
     def advance(self, stepped: bool, samples: int) -> None:
         old = self.clock
-        self.clock = Clock(old.tick + 1, old.step + stepped, 0 if stepped else old.tick_in_step + 1)
+        within = 0 if stepped else old.tick_in_step + 1
+        self.clock = replace(old, tick=old.tick + 1, step=old.step + stepped, tick_in_step=within)
         self.samples_seen += samples
+
+    def scale_rewards(self, factor: float) -> None:
+        self.clock = replace(self.clock, reward_scale=self.clock.reward_scale * factor)
 
 
 class StopRequest:
@@ -103,6 +110,7 @@ class Run:
     feed: Feed
     log: RunLog
     sheet: SampleSheet
+    monitor: Monitor | None
     state: State
     stop: StopRequest
     watch: Watchdog

@@ -78,11 +78,25 @@ class SampleSheet:
             engine.is_main,
         )  # fmt: skip
 
+    @property
+    def draws(self) -> bool:
+        """Whether this process makes images."""
+        return self.method is not None
+
+    @property
+    def device(self) -> torch.device:
+        return self.method.setting.device  # type: ignore[union-attr]
+
+    @torch.no_grad()
+    def student(self, seed: int) -> Tensor:
+        """(N, 3, H, W) in [0, 1]: the student's image of each prompt, with the noise of ``seed``; the sheet's is 0."""
+        return self._images(self._student, seed)
+
     @torch.no_grad()
     def draw(self, step: int) -> None:
         if self.method is None or self.networks is None or self.log is None:
             return
-        rows = [*self._sources(), self._images(self._student)]
+        rows = [*self._sources(), self.student(0)]
         if "teacher" in self.method.uses:
             if self._teacher is None:
                 self._teacher = self._images(self._of_teacher)
@@ -90,7 +104,7 @@ class SampleSheet:
         if self.writes:
             self._write(rows, step)
 
-    def _images(self, sample: Callable[[Cond, Draw], Tensor]) -> Tensor:
+    def _images(self, sample: Callable[[Cond, Draw], Tensor], seed: int = 0) -> Tensor:
         """(N, 3, H, W): what ``sample`` makes of each prompt, rows of equal sources at once."""
         assert self.networks is not None
         family = self.networks.family
@@ -98,7 +112,7 @@ class SampleSheet:
         for group in alike(self.sources, len(self.prompts)):
             sources = [self.sources[row] for row in group] if self.sources else ()
             cond = family.encode([self.prompts[row] for row in group], self.negative, sources)
-            images = family.decode(sample(cond, Draw(SHEET_SEED, 0, group, cond.tokens.device)))
+            images = family.decode(sample(cond, Draw(SHEET_SEED, seed, group, cond.tokens.device)))
             made.update(zip(group, images, strict=True))
         return torch.stack([made[row] for row in range(len(self.prompts))])
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from train_t2i import build, cli, peers
+from train_t2i import build, cli, monitor, peers
 from train_t2i.checkpoint import RunFolder
 from train_t2i.config import Settings
 from train_t2i.engine import Engine, Flags
@@ -28,6 +28,7 @@ def loop(run: Run) -> int:
     cfg, engine, method, state = run.settings.run, run.engine, run.method, run.state
     ticks = run.feed.ticks(state.samples_seen)
     draw_sheet(run)
+    monitor.watch(run)
     while state.clock.step < cfg.max_train_steps:
         run.begin("tick")
         engine.seed(cfg.seed, state.clock.tick)
@@ -53,7 +54,7 @@ def loop(run: Run) -> int:
         if stepped and after_step(run):
             return EXIT_PREEMPTED
     if engine.is_main:  # an earlier start may have been killed in its last prune
-        run.folder.prune(cfg.checkpoints_total_limit or None)
+        run.folder.prune(cfg.checkpoints_total_limit or None, monitor.good_step(run.settings, state.readings))
     return EXIT_DONE
 
 
@@ -65,21 +66,28 @@ def draw_sheet(run: Run) -> None:
 
 
 def after_step(run: Run) -> bool:
-    """Sample and save what is due at a step boundary; True if the run was asked to stop (and has saved)."""
+    """Sample, watch and save what is due at a step boundary; True if the run was asked to stop (and has saved).
+
+    Raises UserError (EXIT_GAMED) where the guard ends the run, after it has saved.
+    """
     cfg, step = run.settings.run, run.state.clock.step
     last = step >= cfg.max_train_steps
     if cfg.sample_steps and (step % cfg.sample_steps == 0 or last):
         draw_sheet(run)
+    monitor.watch(run)
+    gamed = monitor.stop_of(run.settings, run.state.readings, run.folder)
     minutes = (time.monotonic() - run.saved_at) / 60
     due = cfg.checkpoint_minutes > 0 and minutes >= cfg.checkpoint_minutes
     stopping, on_time, failed = run.engine.any_process(run.stop.asked, due, run.saver.failed)
     if failed:
         finish_save(run)
-    if stopping or last or on_time or (cfg.checkpoint_steps and step % cfg.checkpoint_steps == 0):
+    if gamed or stopping or last or on_time or (cfg.checkpoint_steps and step % cfg.checkpoint_steps == 0):
         run.begin("save")
         save(run)
-    if stopping or last:
+    if gamed or stopping or last:
         finish_save(run)
+    if gamed:
+        raise gamed
     if stopping and not last:
         run.log.say(f"stopped by a signal after step {step}; saved; go on with --auto-resume")
     return stopping and not last

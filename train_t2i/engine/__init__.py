@@ -11,12 +11,13 @@ import random
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from typing import TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 
 from train_t2i.engine import average, state
@@ -29,6 +30,7 @@ from train_t2i.engine.zero import ZeRO
 
 __all__ = ["DTYPES", "AdamSettings", "Engine", "Flags", "PartialState", "RoleState", "StepReport"]
 
+T = TypeVar("T")
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -171,6 +173,10 @@ class Engine:
     def same_everywhere(self, text: str) -> bool:
         """Whether every process has the same text."""
         return self.world == 1 or len(set(gather_object([text]))) == 1
+
+    def from_main(self, value: T) -> T:
+        """What the main process has, on all of them."""
+        return value if self.world == 1 else broadcast_object_list([value])[0]
 
     def any_process(self, *flags: bool) -> list[bool]:
         """For each flag, whether it is set on any process."""

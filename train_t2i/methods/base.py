@@ -22,7 +22,7 @@ Metrics = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Clock:
-    """Where a run stands: ticks and steps finished, and ticks finished since the last step.
+    """Where a run stands: ticks and steps finished, ticks finished since the last step, and how much rewards still count.
 
     The step is counted, not derived from the tick: a second stage may change the update ratio.
     """
@@ -30,6 +30,7 @@ class Clock:
     tick: int = 0
     step: int = 0
     tick_in_step: int = 0
+    reward_scale: float = 1.0  # what the guard has left of the rewards' weights
 
 
 @dataclass(frozen=True)

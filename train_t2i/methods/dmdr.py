@@ -129,7 +129,7 @@ class DMDR(Method):
             images = self.setting.family.decode(x0, fast=True)
             for term in self.setting.rewards:
                 loss_reward, reported = reward_loss(term, images, rollout.prompts, clock.tick)
-                loss, metrics = loss + term.weight * loss_reward, metrics | reported
+                loss, metrics = loss + clock.reward_scale * term.weight * loss_reward, metrics | reported
         return loss, metrics | {"loss": loss.detach()}
 
     @torch.no_grad()

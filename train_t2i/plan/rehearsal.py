@@ -15,11 +15,11 @@ from torch import nn
 import rewards.tower
 from train_t2i import build
 from train_t2i.base_quant import quantized_layers
-from train_t2i.config import DMDRConfig, Settings, resolved_layout
+from train_t2i.config import DMDRConfig, Settings, monitor_paths, resolved_layout
 from train_t2i.engine import DTYPES
 from train_t2i.families.published import Published
 from train_t2i.methods import METHODS
-from train_t2i.methods.base import Batch, Clock
+from train_t2i.methods.base import Batch, Clock, RewardTerm
 from train_t2i.networks import Networks, Role
 from train_t2i.plan.ledger import Ledger, Peak, like_a_gpu, replaced
 from train_t2i.plan.model import META, empty_family
@@ -64,13 +64,13 @@ def rehearse(settings: Settings, found: Published, *, gradient_share: float, gat
         if gathered:
             for net in networks.modules.values():
                 _cast(net, dtype)
-        terms = empty_rewards(settings, dtype)
+        terms, watched = empty_rewards(settings, dtype)
         method = build.build_method(settings, networks, META, terms)
         rollout, updates = tick(settings, networks, method, gradient_share)
         sheet = draw_sheet(settings, networks)
     family = shapes.family
     coders = [part for part in (family.vae, family.tiny) if part is not None]
-    towers = [tower_of(term.score).model for term in terms]
+    towers = [tower_of(term.score).model for term in terms] + [tower.model for tower in watched]
     return Rehearsal(
         modules, trained, shapes.num_encoder_parameters * dtype.itemsize, sum(map(weight_bytes, coders)),
         sum(map(weight_bytes, towers)), rollout, updates, sheet,
@@ -123,8 +123,14 @@ def _cast(net: nn.Module, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
-def empty_rewards(settings: Settings, dtype: torch.dtype) -> Any:
-    """The run's rewards without weights; a file that is not here yet is taken for the published ViT-H-14."""
+def empty_rewards(settings: Settings, dtype: torch.dtype) -> tuple[tuple[RewardTerm, ...], list[Any]]:
+    """(the run's rewards, those it only watches), without weights; of the user's own function nothing is known.
+
+    A file that is not here yet is taken for the published ViT-H-14.
+    """
+    method = settings.method
+    if isinstance(method, DMDRConfig):
+        method = replace(method, extra_reward=None)
     run, resolve = settings.run, rewards.tower.resolve
 
     def resolved(weights: str, spec: Any) -> Any:
@@ -137,7 +143,9 @@ def empty_rewards(settings: Settings, dtype: torch.dtype) -> Any:
         return rewards.tower.empty_model(source, dtype).eval().requires_grad_(False)
 
     with replaced(rewards.tower, "resolve", resolved), replaced(rewards.tower, "load_model", load):
-        return build.build_rewards(settings.method, dtype, META, run.gradient_checkpointing, run.seed)
+        terms = build.build_rewards(method, dtype, META, run.gradient_checkpointing, run.seed)
+        paths = monitor_paths(method) if isinstance(method, DMDRConfig) else {}
+        return terms, [build.build_tower(name, path, dtype, META, False) for name, path in paths.items()]
 
 
 def last_tick(settings: Settings) -> Clock:

@@ -1,0 +1,210 @@
+"""What is watched while rewards are followed: rewards that are in no loss, diversity, recall, read off fixed sample images.
+
+Reading i of a run and reading j see the same prompts and the same noise, those of the sample sheet and of some more seeds.
+Shapes: P prompts, S seeds of each; images (P, 3, H, W) in [0, 1]; features (P, D) of length one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+import rewards
+from rewards.tower import CosineReward
+from train_t2i import build, guard
+from train_t2i.checkpoint import RunFolder
+from train_t2i.config import DMDRConfig, Settings, monitor_paths
+from train_t2i.errors import EXIT_GAMED, UserError
+from train_t2i.guard import Reading, Tolerance
+from train_t2i.methods import RewardTerm
+from train_t2i.metrics import pairwise_distance, recall
+from train_t2i.pictures import fit_image
+from train_t2i.rows import Row, load_rows
+from train_t2i.sheet import SampleSheet
+
+if TYPE_CHECKING:
+    from train_t2i.run import Run
+
+REFERENCE_BATCH = 64
+MIN_IMAGES = 4  # of which each has three neighbours: recall's balls
+MIN_PROMPTS = 2  # of which there is a mean and its error
+
+
+# -- what is read ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Monitor:
+    """Reads on the processes that draw the sample sheet; touches no generator that training uses."""
+
+    sheet: SampleSheet
+    terms: tuple[RewardTerm, ...]
+    held_out: dict[str, rewards.Reward]
+    tower: CosineReward  # whose features tell images apart
+    num_seeds: int
+    reference: Tensor | None = None  # (M, D)
+
+    @torch.no_grad()
+    def read(self, step: int) -> Reading:
+        """A reading: P * S images, seed by seed."""
+        training: dict[str, list[Tensor]] = {}
+        held_out: dict[str, list[Tensor]] = {}
+        features = []
+        for seed in range(self.num_seeds):
+            images = self.sheet.student(seed)
+            for term in self.terms:  # one of weight 0 is in no loss
+                scores = term.score(images, term.prompts(self.sheet.prompts), tick=0)
+                (training if term.weight > 0 else held_out).setdefault(f"reward_{term.name}", []).append(scores)
+            for name, reward in self.held_out.items():
+                held_out.setdefault(f"held_out_{name}", []).append(reward(images, self.sheet.prompts))
+            features.append(self.tower.encode_images(images).float().cpu())
+        covered = recall(torch.cat(features), self.reference) if self.reference is not None else None
+        return Reading(
+            step, numbers(training), numbers(held_out), listed(pairwise_distance(torch.stack(features))), covered
+        )
+
+
+def numbers(scores: dict[str, list[Tensor]]) -> dict[str, guard.Scores]:
+    return {name: listed(torch.cat(batches)) for name, batches in scores.items()}
+
+
+def listed(values: Tensor) -> guard.Scores:
+    return tuple(values.double().tolist())
+
+
+# -- set up ----------------------------------------------------------------------------------------------------------
+
+
+def check(settings: Settings, num_prompts: int) -> tuple[list[str], list[Row]]:
+    """(lines that say what was found, the reference's rows) before anything loads.  Raises UserError."""
+    method = settings.method
+    if not isinstance(method, DMDRConfig) or not (paths := monitor_paths(method)):
+        return [], []
+    if unknown := [name for name in paths if name not in rewards.REWARDS]:
+        raise UserError(f"--monitor-rewards {unknown[0]}: no such reward", f"known: {', '.join(rewards.REWARDS)}")
+    if settings.run.sample_steps and num_prompts < MIN_PROMPTS:
+        raise UserError(
+            f"--monitor-rewards: {num_prompts} sample prompts", f"give {MIN_PROMPTS} at least: --batch-size-test"
+        )
+    try:
+        found = [f"monitor {name}: {rewards.inspect_weights(name, path)}" for name, path in paths.items()]
+    except rewards.RewardError as error:
+        raise UserError(str(error)) from None
+    rows = load_rows(method.monitor_reference) if method.monitor_reference else []
+    if method.monitor_reference and len(rows) < MIN_IMAGES:
+        raise UserError(
+            f"--monitor-reference {method.monitor_reference}: {len(rows)} rows", f"give {MIN_IMAGES} at least"
+        )
+    return found, rows
+
+
+def build_monitor(
+    settings: Settings, sheet: SampleSheet, terms: tuple[RewardTerm, ...], rows: Sequence[Row], dtype: torch.dtype
+) -> Monitor | None:
+    """None where this process draws nothing, or nothing is watched.  Raises UserError."""
+    method = settings.method
+    if not sheet.draws or not isinstance(method, DMDRConfig) or not (paths := monitor_paths(method)):
+        return None
+    device = sheet.device
+    held_out = {name: build.build_tower(name, path, dtype, device, False) for name, path in paths.items()}
+    first, tower = next(iter(held_out.items()))
+    if not isinstance(tower, CosineReward):
+        raise UserError(f"--monitor-rewards {first}: has no features of images", "put clip or hpsv2 first")
+    reference = reference_features(tower, rows, settings.size_px) if rows else None
+    return Monitor(sheet, terms, held_out, tower, method.monitor_seeds, reference)
+
+
+@torch.no_grad()
+def reference_features(tower: CosineReward, rows: Sequence[Row], size_px: tuple[int, int]) -> Tensor:
+    """(M, D) of the reference's images at the size of the student's."""
+    features = []
+    for first in range(0, len(rows), REFERENCE_BATCH):
+        images = [fit_image(row.target, row.place, *size_px) for row in rows[first : first + REFERENCE_BATCH]]
+        features.append(tower.encode_images(torch.stack(images)).float().cpu())
+    return torch.cat(features)
+
+
+# -- in the loop -----------------------------------------------------------------------------------------------------
+
+
+def tolerance_of(method: DMDRConfig) -> Tolerance:
+    return Tolerance(method.guard_reward_drop, method.guard_diversity_drop)
+
+
+def judged(method: DMDRConfig, readings: Sequence[Reading]) -> list[Reading]:
+    """Those that the guard judges: since rewards began, and without a score that is not a number."""
+    return [reading for reading in readings if reading.step >= method.cold_start_iter and reading.finite]
+
+
+def good_step(settings: Settings, readings: Sequence[Reading]) -> int | None:
+    """The step of the last reading at which no reward was gamed; none where nobody watches."""
+    method = settings.method
+    if not isinstance(method, DMDRConfig) or method.reward_guard == "off":
+        return None
+    return guard.last_good(judged(method, readings), tolerance_of(method))
+
+
+def stop_of(settings: Settings, readings: Sequence[Reading], folder: RunFolder) -> UserError | None:
+    """The end of a run whose rewards were gamed at its last reading, where ``--reward-guard stop`` says so."""
+    method = settings.method
+    if not isinstance(method, DMDRConfig) or method.reward_guard != "stop":
+        return None
+    why = told(guard.verdict(judged(method, readings), tolerance_of(method)))
+    if not why:
+        return None
+    good = good_step(settings, readings)
+    saved = (folder.record(step) for step in folder.steps() if good is not None and step <= good)
+    path = next((path for path in saved if not folder.damage(path)), settings.run.resume_ckpt)
+    return UserError(
+        f"reward guard: stopped at step {readings[-1].step} and saved: {why}",
+        f"last good checkpoint: {path}; start a new --exp-name from it with lower reward weights, or go on here with "
+        "--auto-resume --reward-guard scale",
+        EXIT_GAMED,
+    )
+
+
+def due(run: Run) -> bool:
+    """A reading is taken at the multiples of ``--sample-steps``, where a stage begins, and where its rewards begin.
+
+    Not at the last step: a run that goes on from there would have one more than an unbroken one.
+    """
+    cfg, method, state = run.settings.run, run.settings.method, run.state
+    if not isinstance(method, DMDRConfig) or not method.monitor_rewards or not cfg.sample_steps:
+        return False
+    step = state.clock.step
+    taken = bool(state.readings) and state.readings[-1].step == step  # before the checkpoint that was gone on from
+    return not taken and (step % cfg.sample_steps == 0 or step in (state.first_step, method.cold_start_iter))
+
+
+def watch(run: Run) -> None:
+    """Take a reading where one is due, log it, and warn or scale the rewards where ``--reward-guard`` says so."""
+    state, method = run.state, run.settings.method
+    if not due(run):
+        return
+    run.begin("sample")
+    reading = run.engine.from_main(run.monitor.read(state.clock.step) if run.monitor else None)
+    assert reading is not None
+    run.log.reading(state.clock.step, state.samples_seen, reading.means() | {"reward_scale": state.clock.reward_scale})
+    state.readings.append(reading)
+    if not reading.finite:
+        run.log.say(f"warning: reward guard: step {reading.step}: not judged, a score is not a finite number")
+        return
+    history, tolerance = judged(method, state.readings), tolerance_of(method)
+    fresh = guard.crossed(history, tolerance)
+    if method.reward_guard == "warn" and fresh.gamed:
+        run.log.say(f"warning: reward guard: step {reading.step}: {told(fresh)}")
+    if method.reward_guard == "scale" and (fresh.gamed or guard.worsens(history, tolerance)):
+        state.scale_rewards(method.guard_factor)
+        why = told(guard.verdict(history, tolerance))
+        run.log.say(f"reward guard: step {reading.step}: rewards now count {state.clock.reward_scale:.4g}: {why}")
+
+
+def told(found: guard.Verdict) -> str:
+    """A game in words; nothing where there is none."""
+    if not found.gamed:
+        return ""
+    return f"rose: {', '.join(map(str, found.risen))}; fell: {', '.join(map(str, found.fallen))}"
