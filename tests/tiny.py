@@ -24,6 +24,7 @@ from transformers.models.clip.tokenization_clip import CLIPTokenizer as _CLIPTok
 
 from train_t2i.adapters import AdapterSpec
 from train_t2i.families.base import Family
+from train_t2i.log import LOSS_FILES
 from train_t2i.networks import Networks, build_networks
 
 ASCII = [chr(i) for i in range(33, 127)]
@@ -175,12 +176,12 @@ def assert_same_checkpoint(root: Path, other: Path, step: int) -> None:
 
 def log_lines(root: Path, role: str = "generator") -> list[dict[str, Any]]:
     """The lines of a loss log, measured fields left out."""
-    file = root / "loss_logs" / {"generator": "loss_gen_log.jsonl", "guidance": "loss_gui_log.jsonl"}[role]
+    file = root / "loss_logs" / LOSS_FILES[role]
     lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     measured = ("seconds_tick", "peak_memory_gib")
     return [{key: value for key, value in line.items() if key not in measured} for line in lines]
 
 
 def assert_same_logs(root: Path, other: Path) -> None:
-    for role in ("generator", "guidance"):
+    for role in LOSS_FILES:
         assert log_lines(root, role) == log_lines(other, role)

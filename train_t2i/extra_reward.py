@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 
+import torch
 from torch import Tensor
 
 from train_t2i.errors import UserError
@@ -19,11 +20,14 @@ class ExtraReward:
     function: Callable[[Tensor, Sequence[str]], Tensor]
 
     def __call__(self, images: Tensor, prompts: Sequence[str], *, tick: int = 0) -> Tensor:
-        scores = self.function(images, prompts)
+        try:
+            scores = self.function(images, prompts)
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise UserError(f"--extra-reward {self.spec}: {type(error).__name__}: {error}") from error
         if not isinstance(scores, Tensor) or scores.shape != (len(prompts),):
             shape = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
             raise UserError(f"--extra-reward {self.spec}: returned {shape}", "it returns one score an image, (B,)")
-        if images.requires_grad and not scores.requires_grad:
+        if torch.is_grad_enabled() and images.requires_grad and not scores.requires_grad:
             raise UserError(
                 f"--extra-reward {self.spec}: no gradient reaches the pixels",
                 "compute it with torch, without detaching",

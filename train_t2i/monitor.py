@@ -188,7 +188,7 @@ def watch(run: Run) -> None:
     run.begin("sample")
     reading = run.engine.from_main(run.monitor.read(state.clock.step) if run.monitor else None)
     assert reading is not None
-    run.log.reading(state.clock.step, state.samples_seen, reading.means() | {"reward_scale": state.clock.reward_scale})
+    run.log.reading(state.clock.step, state.samples_seen, reading.means() | {"guard_scale": state.clock.reward_scale})
     state.readings.append(reading)
     if not reading.finite:
         run.log.say(f"warning: reward guard: step {reading.step}: not judged, a score is not a finite number")

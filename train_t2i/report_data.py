@@ -12,7 +12,11 @@ from typing import Any
 
 from train_t2i.errors import UserError
 
-LOGS = {"gen": "loss_gen_log.jsonl", "gui": "loss_gui_log.jsonl"}  # prefix of a series -> its file
+LOGS = {
+    "gen": "loss_gen_log.jsonl",
+    "gui": "loss_gui_log.jsonl",
+    "mon": "monitor_log.jsonl",
+}  # prefix of a series -> its file
 STEP_FOLDER = re.compile(r"step (\d+)")
 Points = tuple[list[float], list[float]]  # steps, values
 
@@ -58,7 +62,7 @@ def read_run(path: str) -> RunStory:
     for prefix, name in LOGS.items():
         lines[prefix], bad = read_lines(root / "loss_logs" / name)
         unreadable += bad
-    counted = [line for found in lines.values() for line in found]
+    counted = [line for prefix in ("gen", "gui") for line in lines[prefix]]
     steps = [int(line["step"]) for line in lines["gen"]] or [0]
     return RunStory(
         name=root.resolve().name,

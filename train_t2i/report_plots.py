@@ -11,11 +11,20 @@ from train_t2i.report_data import Points, RunStory, offsets
 
 COLOURS = ("#2f6db5", "#c8553d", "#3a8f5c", "#8457a8", "#b98a1d", "#3d8f99", "#a34a75", "#6b6b6b")
 INK, FAINT = "#22252a", "#d9dce1"
-# file -> (title of the section, panels: series -> label)
+# file -> (title of the section, panels: series -> label); a * stands for whatever follows, and goes into the label
 FIGURES: dict[str, tuple[str, dict[str, str]]] = {
     "rewards": (
         "Rewards",
         {"gen/reward_clip": "CLIP reward", "gen/reward_hps": "HPS reward"},
+    ),
+    "watched": (
+        "Rewards on fixed prompts",
+        {
+            "mon/reward_*": "{} reward, fixed prompts",
+            "mon/held_out_*": "{} reward, held out",
+            "mon/diversity": "diversity of a prompt's images",
+            "mon/recall": "recall of the reference",
+        },
     ),
     "losses": (
         "Losses",
@@ -92,11 +101,21 @@ def draw_panel(axes: Any, label: str, curves: Sequence[tuple[int, str, int, Poin
     axes.margins(x=0.02)
 
 
+def expanded(panels: dict[str, str], runs: Sequence[RunStory]) -> dict[str, str]:
+    """Panels without a ``*``: one for each series that some run has."""
+    found = {}
+    for key, label in panels.items():
+        prefix, star, _ = key.partition("*")
+        names = [name for run in runs for name in run.series if star and name.startswith(prefix)]
+        found |= {name: label.format(name.removeprefix(prefix)) for name in names} if star else {key: label}
+    return found
+
+
 def draw_figure(runs: Sequence[RunStory], panels: dict[str, str], path: Path) -> bool:
     """One PNG; False, and none, where no run has any of the series."""
     begins = offsets(runs)
     shown = []
-    for key, label in panels.items():
+    for key, label in expanded(panels, runs).items():
         curves = [
             (i, run.name.replace("$", r"\$"), begins[i], run.series[key])
             for i, run in enumerate(runs)
