@@ -32,6 +32,7 @@ OUT_OF_RANGE = [
     "--gradient-accumulation-steps 0", "--seed -1", "--seed 99999999999999999999", "--sample-steps -1",
     "--checkpoint-steps -1", "--checkpoint-minutes -1", "--checkpoints-total-limit -1", "--max-skipped 0",
     "--cold-start-iter -1", "--dynamic-step -1", "--gen-b 0", "--gui-b -1", "--reward-clip-weight -1",
+    "--monitor-seeds 1", "--guard-reward-drop -1", "--guard-diversity-drop 1", "--guard-factor 1", "--reward-guard maybe",
     "--dmd-weight -1", "--batch-size-test 0", "--teacher-num-steps 0", "--teacher-cfg 0",
     "--mixed-precision fp8", "--base-quant int4", "--layout pair", "--method magic", "--model-family sd9", "--s-type-gui normal",
     "--lr-scheduler quadratic", "--use-lora-gen maybe", "--report-to nowhere", "--report-to ''",
@@ -124,6 +125,7 @@ def test_any_plain_name_is_a_run(name):
 # -- flags that act only beside others -------------------------------------------------------------------------------
 
 
+WATCHED = "--extra-reward a:b --monitor-rewards clip=x"
 FEW, ARC = "--sample-num-steps 4", "--method arcflow --use-lora-gen"
 INERT = [  # the flag, beside what it does nothing, beside what it acts
     ("--sample-num-steps 4", "--method sft", ["", "--method direct"]),
@@ -179,6 +181,13 @@ INERT = [  # the flag, beside what it does nothing, beside what it acts
     ("--reward-clip-weight 1", "--hpsv2-reward-model x", ["--clip-reward-model x"]),
     ("--reward-hps-weight 1", "", ["--hpsv2-reward-model x"]),
     ("--reward-clip-weight 0 --reward-hps-weight 1", "", ["--hpsv2-reward-model x"]),
+    ("--reward-extra-weight 1", "--clip-reward-model x", ["--extra-reward a:b"]),
+    ("--monitor-seeds 3", "", ["--monitor-rewards clip=x"]),
+    ("--monitor-reference x", "", ["--monitor-rewards clip=x"]),
+    ("--reward-guard warn", "--monitor-rewards clip=x", [WATCHED, "--clip-reward-model x --monitor-rewards clip=x"]),
+    ("--guard-reward-drop 1", WATCHED, [f"{WATCHED} --reward-guard {guard}" for guard in ("warn", "scale", "stop")]),
+    ("--guard-diversity-drop 0.1", WATCHED, [f"{WATCHED} --reward-guard warn"]),
+    ("--guard-factor 0.1", f"{WATCHED} --reward-guard warn", [f"{WATCHED} --reward-guard scale"]),
     ("--reward-margin 1", "--reward-clip-weight 0 --reward-hps-weight 0", ["--clip-reward-model x"]),
     ("--magic-prompt x", "--clip-reward-model x", ["--hpsv2-reward-model x"]),
     ("--magic-prompt=", "", ["--hpsv2-reward-model x"]),

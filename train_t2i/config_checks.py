@@ -168,7 +168,7 @@ def _check_dmdr(run: Config, method: DMDRConfig) -> None:
     _check_draw("gui", method.s_type_gui, method.gui_a)
     weights = reward_weights(method)
     on = {name: weight for name, (model, weight) in weights.items() if model}
-    wanted = any(weight > 0 for _, weight in weights.values())
+    wanted = method.reward_clip_weight > 0 or method.reward_hps_weight > 0  # one's own reward is asked for by name
     if not on and wanted and method.cold_start_iter < run.max_train_steps:
         raise UserError(
             f"rewards begin at step {method.cold_start_iter} but no reward model is given",
