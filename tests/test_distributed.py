@@ -20,9 +20,18 @@ CASES = {
         "none",
     ),
     "sft": ("sft", "--batch-size 2", "--batch-size 4", "none"),
+    "guarded": (
+        "dmdr",
+        "{watched} --cold-start-iter 0 --reward-guard scale --sample-steps 1 --max-train-steps 3 --batch-size 1",
+        "--batch-size 2",
+        "none",
+    ),
     "skips": ("dmdr", "--batch-size 2", "--batch-size 4", "not_finite"),
     "stopped": ("dmdr", "--batch-size 2", "--batch-size 4", "signal"),
 }
+
+
+SCALED = ("scaled", "scaled-short", "scaled-resumed")
 
 
 @pytest.fixture(scope="module")
@@ -32,16 +41,25 @@ def launched(tmp_path_factory, sdxl_folder, tiny_vae_folder, prompts_file, image
     flags = flags_of(root, sdxl_folder, tiny_vae_folder, prompts_file, images_table, pairs_folder)
     trainer = Trainer(root, flags, lambda: ("", ""))
     rewards = f"--clip-reward-model {towers['clip']} --reward-margin 2"
+    watched = (
+        "--extra-reward shapes.bait:saturation --reward-extra-weight 30 --reward-margin 2 --dmd-weight 1e-3 "
+        f"--monitor-rewards clip={towers['clip']} --guard-reward-drop 0 --guard-diversity-drop 0"
+    )
 
     def arguments(case: str, name: str, alone: bool = False, more: str = "") -> list[str]:
         method, two, one, _ = CASES[case]
         steps = "--sample-num-steps 2" if method == "dmdr" else ""
-        flags = f"{COMMON} {steps} {two.format(rewards=rewards)} {one if alone else ''} {more}"
+        flags = f"{COMMON} {steps} {two.format(rewards=rewards, watched=watched)} {one if alone else ''} {more}"
         return trainer.arguments(name, flags, method)
 
     plans = [Plan(name, arguments(name, name), fault) for name, (*_, fault) in CASES.items()]
     plans.append(Plan("short", arguments("shared", "resumed", more="--max-train-steps 1")))
     plans.append(Plan("resumed", arguments("shared", "resumed", more="--auto-resume")))
+    eager = "--learning-rate-gen 1e-2 --max-train-steps 4"
+    for name, more in zip(SCALED, ("", "--max-train-steps 2", "--auto-resume"), strict=True):
+        run = name.replace("short", "resumed")
+        plans.append(Plan(name, arguments("guarded", run, more=f"{eager} {more}")))
+    plans.append(Plan("gamed", arguments("guarded", "gamed", more=f"{eager} --reward-guard stop")))
     late = arguments("shared", "resumed", more="--auto-resume --max-train-steps 3")
     plans.append(Plan("divided", late, "no_common_disk"))
     return root, arguments, launch(root, 2, plans)
@@ -52,7 +70,8 @@ def test_two_processes_ran(launched):
     for report in reports:
         assert report["world"] == 2
         assert report["backend"] == "gloo"
-        expected = dict.fromkeys((*CASES, "short", "resumed"), 0) | {"stopped": 75, "divided": 2}
+        expected = dict.fromkeys((*CASES, "short", "resumed", *SCALED), 0)
+        expected |= {"stopped": 75, "gamed": 9, "divided": 2}
         assert report["codes"] == expected
 
 
@@ -79,7 +98,7 @@ def alone(launched, case: str) -> Path:
     return root / f"{case}-alone"
 
 
-@pytest.mark.parametrize("case", ["shared", "paired", "sft"])
+@pytest.mark.parametrize("case", ["shared", "paired", "sft", "guarded"])
 def test_two_processes_are_one_with_the_same_global_batch(launched, case):
     """Weights and logs, which are averaged over the processes; Adam's epsilon is large enough to carry rounding as it is."""
     import tiny
@@ -96,7 +115,7 @@ def test_two_processes_are_one_with_the_same_global_batch(launched, case):
         assert moved > 1e-4
         assert apart < 0.02 * moved, name
         assert all(torch.isfinite(value).all() for value in mine[name].values())
-    for role in ("generator", "guidance"):
+    for role in ("generator", "guidance", "monitor"):
         if tiny.log_lines(one, role):
             close_logs(tiny.log_lines(run, role), tiny.log_lines(one, role))
     assert json.loads((run / "args.json").read_text())["method"] == CASES[case][0]
@@ -128,6 +147,18 @@ def test_resuming_two_processes_is_exact(launched):
 
     tiny.assert_same_checkpoint(launched[0] / "shared", launched[0] / "resumed", 2)
     tiny.assert_same_logs(launched[0] / "shared", launched[0] / "resumed")
+
+
+def test_what_the_main_process_reads_all_act_on_and_go_on_with(launched):
+    """Rewards are scaled on both processes alike, before the stop and after it."""
+    import tiny
+
+    run, resumed = launched[0] / "scaled", launched[0] / "scaled-resumed"
+    tiny.assert_same_checkpoint(run, resumed, 4)
+    tiny.assert_same_logs(run, resumed)
+    scales = [line["guard_scale"] for line in tiny.log_lines(run, "monitor")]
+    assert scales[0] == 1
+    assert scales[-1] < 1
 
 
 def test_processes_that_find_different_checkpoints_train_nothing(launched):

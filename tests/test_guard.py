@@ -104,6 +104,9 @@ def test_the_last_good_reading_is_before_the_game():
     fallen = {"up": 0.1, "held": -0.2}
     assert last_good([], TOLERANCE) is None
     assert last_good(history({"up": 0.1}, fallen, fallen), TOLERANCE) == 10
+    assert (
+        last_good(history({"up": 0.1}, {"held": -0.2}, fallen), TOLERANCE) == 10
+    )  # on the way down nothing had risen yet
     assert last_good(history(fallen, {}), TOLERANCE) == 20
 
 

@@ -18,7 +18,7 @@ from train_t2i.extra_reward import ExtraReward, load_extra
 from train_t2i.metrics import pairwise_distance, recall
 from train_t2i.report_data import read_run
 
-# Colours alone are followed, from step 1 on, so fast that what the random towers see falls: from step 4 on it is a game.
+# Colours alone are followed, from step 1 on, so fast that what the random towers see falls: from step 2 on it is a game.
 WATCHED = (
     "--batch-size 1 --cold-start-iter 1 --extra-reward shapes.bait:saturation --reward-extra-weight 30 --reward-margin 2 "
     "--dmd-weight 1e-3 --learning-rate-gen 1e-2 "
@@ -120,8 +120,9 @@ def test_a_game_is_told_once_and_changes_nothing_else(trainer, flags):
 def test_scaling_takes_the_weights_down_in_the_loss(trainer, flags):
     run = trainer.run("run", f"{flags} {EAGER} --reward-guard scale --guard-factor 0.25 --max-train-steps 6")
     scales = [line["guard_scale"] for line in lines(run)]  # as each reading found it
-    assert scales[:4] == [1] * 4
-    assert scales[-1] <= 0.25
+    assert scales[:3] == [1, 1, 1]
+    assert scales[3] == 0.25
+    assert scales == sorted(scales, reverse=True)
     assert "rewards now count 0.25: rose: reward_extra" in (run / "log.txt").read_text()
     for line, scale in zip(tiny.log_lines(run)[1:], scales[2:], strict=True):
         rewarded = line["loss"] - 1e-3 * line["loss_dmd"]
@@ -161,7 +162,7 @@ def test_a_stage_may_name_what_it_started_from(trainer, flags):
 # -- going on --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("step", [2, 7])
+@pytest.mark.parametrize("step", [1, 7])
 def test_a_guarded_run_that_was_stopped_goes_on_bit_for_bit(trainer, flags, step):
     """12 = 7 + 5, and a stop before the first scaling: weights, optimizers, logs, readings and the scale."""
     more = f"{flags} {EAGER} --reward-guard scale --max-train-steps 12"
@@ -193,7 +194,7 @@ def test_a_run_in_two_pieces_has_the_readings_of_one(trainer, flags):
 def test_a_stage_begins_with_readings_of_its_own_and_whole_weights(trainer, flags):
     more = f"{flags} {EAGER} --reward-guard scale --max-train-steps 4"
     first = trainer.run("first", more)
-    assert RunFolder(first).load(record(first, 4), [])[1]["reward_scale"] == 0.5
+    assert RunFolder(first).load(record(first, 4), [])[1]["reward_scale"] < 1
     second = trainer.run("second", f"{more} --resume-ckpt {record(first, 4)} --max-train-steps 5")
     assert [(line["step"], line["guard_scale"]) for line in lines(second)] == [(4, 1), (5, 1)]
 

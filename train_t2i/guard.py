@@ -82,9 +82,9 @@ def rise(before: Scores, now: Scores) -> float:
 def verdict(history: Sequence[Reading], tolerance: Tolerance) -> Verdict:
     """Judge the last of the readings since rewards began; ``history[0]`` is the one that they began at.
 
-    A training reward has risen if it surely rose (``rise`` above 0) since rewards began.  A held-out reward has fallen if
-    it surely fell from its best reading, by more than ``reward_drop`` standard deviations that the scores of single images
-    had when rewards began; diversity, by more than ``diversity_drop`` of its best.  Both together are a game.
+    A training reward has risen if its mean is above that when rewards began.  A held-out reward has fallen if it surely
+    (``rise``, backwards) fell from its best reading by more than ``reward_drop`` standard deviations that the scores of
+    single images had when rewards began; diversity, by more than ``diversity_drop`` of its best.  Both together are a game.
     """
     if len(history) < 2:
         return Verdict()
@@ -92,7 +92,7 @@ def verdict(history: Sequence[Reading], tolerance: Tolerance) -> Verdict:
     risen = [
         _move(name, first.step, scores, last.training[name])
         for name, scores in first.training.items()
-        if rise(scores, last.training[name]) > 0
+        if fmean(last.training[name]) > fmean(scores)
     ]
     watched = {name: [(r.step, r.held_out[name]) for r in history] for name in last.held_out}
     limits = {name: tolerance.reward_drop * stdev(first.held_out[name]) for name in watched}
@@ -124,8 +124,8 @@ def worsens(history: Sequence[Reading], tolerance: Tolerance) -> bool:
 
 
 def last_good(history: Sequence[Reading], tolerance: Tolerance) -> int | None:
-    """The step of the last reading at which nothing was gamed; none where there is no reading."""
-    good = [reading.step for i, reading in enumerate(history, 1) if not verdict(history[:i], tolerance).gamed]
+    """The step of the last reading at which nothing had fallen, whatever rose; none where there is no reading."""
+    good = [reading.step for i, reading in enumerate(history, 1) if not verdict(history[:i], tolerance).fallen]
     return good[-1] if good else None
 
 

@@ -141,7 +141,7 @@ def judged(method: DMDRConfig, readings: Sequence[Reading]) -> list[Reading]:
 
 
 def good_step(settings: Settings, readings: Sequence[Reading]) -> int | None:
-    """The step of the last reading at which no reward was gamed; none where nobody watches."""
+    """The step of the last reading at which nothing had fallen; none where nobody watches."""
     method = settings.method
     if not isinstance(method, DMDRConfig) or method.reward_guard == "off":
         return None
