@@ -108,6 +108,18 @@ def test_prune_keeps_n_and_the_last_valid_one(run: RunFolder) -> None:
     assert sorted(path.name for path in run.folder.glob("*/*")) == ["step-7", "step-7", "step-7.pt"]
 
 
+def test_prune_spares_the_newest_that_is_known_to_be_good(run: RunFolder) -> None:
+    for step in range(1, 7):
+        save(run, step)
+    run.prune(2, good=4)
+    assert run.steps() == [6, 5, 4]
+    save(run, 7)
+    run.prune(1, good=4)
+    assert run.steps() == [7, 4]
+    run.prune(1, good=3)  # nothing is left that is so old
+    assert run.steps() == [7]
+
+
 def test_prune_survives_what_it_cannot_remove(
     saved: RunFolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
