@@ -23,15 +23,6 @@ def covariance(size, seed):
     return root @ root.T
 
 
-def test_diversity_is_the_mean_cosine_distance_of_all_pairs():
-    features = torch.nn.functional.normalize(normal(4, 3, 5), dim=-1)  # 4 images of each of 3 prompts
-    found = metrics.pairwise_distance(features)
-    for prompt in range(3):
-        distances = torch.nn.functional.pdist(features[:, prompt])  # |a - b|^2 = 2 (1 - cos) for a, b of length one
-        assert float(found[prompt]) == pytest.approx(float(distances.square().mean() / 2), rel=1e-12)
-    assert metrics.pairwise_distance(features[:1].expand(3, -1, -1)).tolist() == pytest.approx([0, 0, 0], abs=1e-12)
-
-
 # -- Frechet distance ------------------------------------------------------------------------------------------------
 
 

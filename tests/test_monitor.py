@@ -15,7 +15,7 @@ from shapes.bait import saturation
 from train_t2i.checkpoint import RunFolder
 from train_t2i.errors import EXIT_DONE, EXIT_GAMED, EXIT_USER, UserError
 from train_t2i.extra_reward import ExtraReward, load_extra
-from train_t2i.metrics import pairwise_distance, recall
+from train_t2i.metrics import recall, spread
 from train_t2i.report_data import read_run
 
 # Colours alone are followed, from step 1 on, so fast that what the random towers see falls: within four steps it is a game.
@@ -75,7 +75,7 @@ def test_diversity_and_recall_are_of_the_first_towers_features(trainer, flags, t
     run = trainer.run("run", f"{flags} --monitor-reference {images_table} --max-train-steps 1 --learning-rate-gen 0")
     tower = rewards.REWARDS["clip"](towers["clip"])
     features = torch.stack([tower.encode_images(images) for images in made[-3:]])
-    assert lines(run)[-1]["diversity"] == pytest.approx(float(pairwise_distance(features).mean()), rel=1e-6)
+    assert lines(run)[-1]["diversity"] == pytest.approx(float(spread(features).mean()), rel=1e-6)
     table = torch.stack([pixels(images_table.parent / f"{i}.png").permute(2, 0, 1) / 255 for i in range(6)])
     expected = recall(features.flatten(0, 1), tower.encode_images(table))
     assert lines(run)[-1]["recall"] == pytest.approx(expected)

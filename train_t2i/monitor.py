@@ -21,7 +21,7 @@ from train_t2i.config import DMDRConfig, Settings, monitor_paths
 from train_t2i.errors import EXIT_GAMED, UserError
 from train_t2i.guard import Reading, Tolerance
 from train_t2i.methods import RewardTerm
-from train_t2i.metrics import pairwise_distance, recall
+from train_t2i.metrics import recall, spread
 from train_t2i.pictures import fit_image
 from train_t2i.rows import Row, load_rows
 from train_t2i.sheet import SampleSheet
@@ -63,9 +63,7 @@ class Monitor:
                 held_out.setdefault(f"held_out_{name}", []).append(reward(images, self.sheet.prompts))
             features.append(self.tower.encode_images(images).float().cpu())
         covered = recall(torch.cat(features), self.reference) if self.reference is not None else None
-        return Reading(
-            step, numbers(training), numbers(held_out), listed(pairwise_distance(torch.stack(features))), covered
-        )
+        return Reading(step, numbers(training), numbers(held_out), listed(spread(torch.stack(features))), covered)
 
 
 def numbers(scores: dict[str, list[Tensor]]) -> dict[str, guard.Scores]:
