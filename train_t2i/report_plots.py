@@ -103,7 +103,7 @@ def draw_panel(axes: Any, label: str, curves: Sequence[tuple[int, str, int, Poin
 
 def expanded(panels: dict[str, str], runs: Sequence[RunStory]) -> dict[str, str]:
     """Panels without a ``*``: one for each series that some run has."""
-    found = {}
+    found: dict[str, str] = {}
     for key, label in panels.items():
         prefix, star, _ = key.partition("*")
         names = [name for run in runs for name in run.series if star and name.startswith(prefix)]
