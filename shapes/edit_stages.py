@@ -33,10 +33,10 @@ from train_t2i.families.qwen_image_edit import tell_token_types
 
 QWEN_EDIT_TEXT = QwenEditTextRecipe()
 QWEN_EDIT = FlowRecipe(
-    "qwen_image_edit_plus", seed=30, width=104, heads=4, layers=4, legs=(4500,), pictures=6000, learning_rate=3e-3
+    "qwen_image_edit_plus", seed=30, width=104, heads=4, layers=4, legs=(4500, 8500), pictures=6000, learning_rate=3e-3
 )
 SHIFT = 3.0  # of its times: all that is hard to learn is at high noise
-CFGS = (1.0, 2.0, 4.0)
+CFGS = (1.0, 2.0)
 EDITS, STEPS = 210, 25
 
 

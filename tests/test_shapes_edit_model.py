@@ -239,9 +239,9 @@ def test_the_committed_editor_does_what_it_is_told_and_leaves_the_rest_alone(mon
     quality = tomllib.loads((CHECKPOINTS / "manifest.toml").read_text())["tiny"][folder.name]["measured"]
     scores = {float(key.split()[-1]): value for key, value in quality.items() if ": adherence, " in key}
     best = max(scores, key=lambda cfg: scores[cfg])
-    assert scores[best] >= 0.85
+    assert scores[best] >= 0.8
     monkeypatch.setattr(edit_stages, "CFGS", (best,))
     monkeypatch.setattr(edit_stages, "EDITS", 28)
     found = edit_stages.editor_quality(folder)
-    assert next(value for key, value in found.items() if key.startswith("adherence, ")) >= 0.7
+    assert next(value for key, value in found.items() if key.startswith("adherence, ")) >= 0.6
     assert next(value for key, value in found.items() if key.startswith("change elsewhere")) <= 0.04
