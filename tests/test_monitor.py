@@ -157,6 +157,8 @@ def test_a_stage_may_name_what_it_started_from(trainer, flags):
     ended = trainer.ends("run", f"{flags} {more}")
     assert ended.code == EXIT_GAMED
     assert f"last good checkpoint: {record(start, 1)}; " in ended.err
+    (saved,) = RunFolder(trainer.root / "run").steps()  # nothing else was due
+    assert f"stopped at step {saved} and saved" in ended.err
 
 
 # -- going on --------------------------------------------------------------------------------------------------------
