@@ -26,9 +26,12 @@ class UserReward:
         self.device = device
 
     def __call__(self, images: Tensor, prompts: Sequence[str], *, tick: int = 0) -> Tensor:
-        """(B, 3, H, W) in [0, 1] and B prompts -> (B,) fp32.  RewardError where the function returns something else."""
+        """(B, 3, H, W) in [0, 1] and B prompts -> (B,) fp32.  RewardError where the function fails or returns something else."""
         check_rows(self.name, images, prompts)
-        scores = self.function(images.to(self.device), list(prompts))
+        try:
+            scores = self.function(images.to(self.device), list(prompts))
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise RewardError(self.name, f"failed ({type(error).__name__}: {error})", "correct the function") from error
         if not isinstance(scores, Tensor) or scores.shape != (len(prompts),):
             found = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
             raise RewardError(

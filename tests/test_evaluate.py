@@ -250,7 +250,7 @@ def test_mistakes_of_evaluate(runs, tmp_path, capsys, prompts_file, towers, scor
     for more, said in (
         (["--prompts", ""], "--prompts"),
         (["--prompts", tmp_path / "none.txt"], "none.txt"),
-        (["--scorer", "own_scorer"], "not module:function"),
+        (["--scorer", "own_scorer"], "is not module:function"),
         (["--scorer", "no_such_module:f"], "no_such_module"),
         (["--scorer", "own_scorer:none"], "none"),
         (["--scorer", "own_scorer:odd"], "one score an image"),

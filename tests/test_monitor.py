@@ -11,10 +11,10 @@ import torch
 from tiny_runs import pixels, record, refused, stopped_at
 
 import rewards
+from rewards.user import UserReward
 from shapes.bait import saturation
 from train_t2i.checkpoint import RunFolder
-from train_t2i.errors import EXIT_DONE, EXIT_GAMED, EXIT_USER, UserError
-from train_t2i.extra_reward import ExtraReward, load_extra
+from train_t2i.errors import EXIT_DONE, EXIT_GAMED, EXIT_USER
 from train_t2i.metrics import recall, spread
 from train_t2i.report_data import read_run
 
@@ -237,7 +237,8 @@ def test_a_guard_that_cannot_work_is_refused(capsys, given, told):
         ("--monitor-rewards clip={clip} --batch-size-test 1", "--monitor-rewards: 1 sample prompts"),
         ("--monitor-rewards clip={clip} --monitor-reference {prompts}", "is not a table"),
         ("--extra-reward shapes.bait:taste", "--extra-reward shapes.bait:taste: "),
-        ("--extra-reward saturation", "--extra-reward saturation: not MODULE:FUNCTION"),
+        ("--extra-reward saturation", "--extra-reward saturation: is no reward"),
+        ("--extra-reward builtins:len --cold-start-iter 0", "builtins:len: failed (TypeError: "),
         ("--extra-reward shapes.bait:Sequence.count", "--extra-reward shapes.bait:Sequence.count: "),
     ],
 )
@@ -253,14 +254,14 @@ def test_a_function_that_is_no_reward_is_told():
     wrong = {
         "returned (3, 3)": lambda images, prompts: images.mean(dim=(2, 3)),
         "returned float": lambda images, prompts: 0.5,
-        "no gradient reaches the pixels": lambda images, prompts: images.detach().mean(dim=(1, 2, 3)),
-        "KeyError: 'x'": lambda images, prompts: {}["x"],
+        "returned scores without a gradient": lambda images, prompts: images.detach().mean(dim=(1, 2, 3)),
+        "failed (KeyError: 'x')": lambda images, prompts: {}["x"],
     }
     for said, function in wrong.items():
-        with pytest.raises(UserError) as told:
-            ExtraReward("my:own", function)(images, prompts)
-        assert f"--extra-reward my:own: {said}" in str(told.value)
-    extra = load_extra("shapes.bait:saturation")
+        with pytest.raises(rewards.RewardError) as told:
+            UserReward("my:own", function, torch.device("cpu"))(images, prompts)
+        assert f"my:own: {said}" in str(told.value)
+    extra = rewards.find("shapes.bait:saturation")(None)
     (gradient,) = torch.autograd.grad(extra(images, prompts).sum(), images)
     assert gradient.sum(dim=1).abs().max() < 1e-6  # what the largest colour gains, the smallest loses
     assert float(gradient.abs().sum()) == pytest.approx(2 * 3, rel=1e-5)

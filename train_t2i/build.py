@@ -28,7 +28,6 @@ from train_t2i.config import (
 )
 from train_t2i.config_checks import check_acts, check_backend
 from train_t2i.errors import UserError
-from train_t2i.extra_reward import load_extra
 from train_t2i.families import FAMILIES, Family, family_of, load_family
 from train_t2i.initial_weights import TAKES, load_generator_weights
 from train_t2i.methods import METHODS, Method, RewardTerm, Setting
@@ -210,7 +209,7 @@ def reward_files(config: Any) -> dict[str, str]:
 def check_rewards(config: Any) -> list[str]:
     """Look at every reward's file, also of those that this run never reaches; lines that say what was found."""
     if isinstance(config, DMDRConfig) and config.extra_reward:
-        load_extra(config.extra_reward)
+        build_extra(config.extra_reward, torch.device("cpu"))
     files = [(f"reward {name}", name, path) for name, path in reward_files(config).items()]
     if isinstance(config, DirectConfig) and config.feature_model:
         files.append(("features", "clip", config.feature_model))
@@ -242,6 +241,14 @@ def build_tower(name: str, path: str, dtype: torch.dtype, device: torch.device, 
         raise UserError(str(error)) from None
 
 
+def build_extra(spec: str, device: torch.device) -> rewards.Reward:
+    """The reward that is a function of the user's own.  Raises UserError."""
+    try:
+        return rewards.find(spec)(None, device=device)
+    except rewards.RewardError as error:
+        raise UserError(f"--extra-reward {error}") from None
+
+
 def build_features(
     config: Any, dtype: torch.dtype, device: torch.device, checkpointing: bool
 ) -> Callable[[Tensor], Tensor] | None:
@@ -264,6 +271,6 @@ def build_rewards(
         _, weight = reward_weights(config)[name]
         terms.append(RewardTerm(short, score, weight, config.reward_margin, prefix))
     if isinstance(config, DMDRConfig) and config.extra_reward:
-        extra = load_extra(config.extra_reward)
+        extra = build_extra(config.extra_reward, device)
         terms.append(RewardTerm("extra", extra, config.reward_extra_weight, config.reward_margin))
     return tuple(terms)

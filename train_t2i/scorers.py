@@ -6,7 +6,6 @@ Shapes: images (B, 3, H, W) in [0, 1]; scores (B,) fp32 on the CPU.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 import rewards
+from rewards.user import load_function
 from train_t2i import storage
 from train_t2i.errors import UserError
 from train_t2i.evaluation.features import Features
@@ -29,16 +29,10 @@ COLUMN_OF = {"hpsv2": "hps"}  # reward -> column, where the table has another wo
 
 def load_scorer(spec: str) -> Score:
     """``module:function`` -> the function.  Raises UserError."""
-    module, colon, name = spec.partition(":")
-    if not colon or not module or not name:
-        raise UserError(f"--scorer {spec}: not module:function", "e.g. shapes.oracle:adherence")
     try:
-        found = getattr(import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"--scorer {spec}: {error}", "run from the folder that holds the module") from None
-    if not callable(found):
-        raise UserError(f"--scorer {spec}: not a function")
-    return found
+        return load_function(spec)
+    except rewards.RewardError as error:
+        raise UserError(f"--scorer {spec}: {error.reason}", error.hint) from None
 
 
 def wanted_rewards(config: EvaluateConfig) -> dict[str, tuple[str, str]]:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from rewards import RewardError
 from train_t2i import build, cli, monitor, peers
 from train_t2i.checkpoint import RunFolder
 from train_t2i.config import Settings
@@ -172,6 +173,8 @@ def prepare_and_loop(settings: Settings, folder: RunFolder, engine: Engine, stop
         finally:
             run.saver.close()
             run.log.close()
+    except RewardError as error:  # of a function of the user's own, called in the middle of a step
+        raise UserError(str(error)) from error
     except OSError as error:
         if error.errno not in FULL:
             raise
