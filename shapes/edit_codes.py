@@ -1,7 +1,7 @@
 """What the last states of the edit encoder say: the wanted scene, an object a state.
 
 The transformer binds what it reads by attention.  A state that is one object, its place included, is found by the picture's tokens of
-that place; one state for everything has to be taken apart there, which takes tens of thousands of steps more.
+that place; one state for everything has to be taken apart there: docs/supervised.md has what that costs.
 Shapes: N edits, S states, F facts, D width.
 """
 
