@@ -113,7 +113,6 @@ def test_rows_are_merged_by_model(runs, tmp_path, prompts_file, scorer, sdxl_fol
 
 def test_reference_features_are_kept_and_follow_their_images(tmp_path, towers, reference, monkeypatch):
     from train_t2i.evaluate import EvaluateConfig
-    from train_t2i.evaluation.features import Features
     from train_t2i.scorers import Scorers
 
     config = EvaluateConfig(
@@ -122,7 +121,7 @@ def test_reference_features_are_kept_and_follow_their_images(tmp_path, towers, r
     first = Scorers(config)
     first.features.prepare((32, 32))
     second = Scorers(config)
-    monkeypatch.setattr(Features, "_of_reference", None)  # must not be called
+    monkeypatch.setattr(features, "encoded", None)  # must not be called
     second.features.prepare((32, 32))
     assert torch.equal(first.features.references["held_out"], second.features.references["held_out"])
     monkeypatch.undo()

@@ -151,13 +151,13 @@ def write_row(out: str, row: dict[str, Any], scored: Scored) -> None:
 
 def check_prompts(config: EvaluateConfig) -> None:
     """Enough prompts for what is asked of them; fewer than ``--count`` are told."""
-    from train_t2i.evaluation.features import MIN_ROWS
     from train_t2i.image_layouts import IMAGE_LAYOUTS, check_samples
+    from train_t2i.metrics import LEAST_ROWS
 
     check_samples(config.layout, config.samples_per_prompt)
     found = len(IMAGE_LAYOUTS[config.layout].read(config.prompts, config.count))
-    if config.reference and found < MIN_ROWS:
-        raise UserError(f"{config.prompts}: {found} prompts", f"--reference needs {MIN_ROWS} at least")
+    if config.reference and found < LEAST_ROWS:
+        raise UserError(f"{config.prompts}: {found} prompts", f"--reference needs {LEAST_ROWS} at least")
     if found < config.count:
         print(f"{config.prompts} holds {found} prompts: all of them are used")
 

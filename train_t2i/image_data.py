@@ -6,12 +6,14 @@ Shapes: images (3, H, W) fp32 in [0, 1]; sources (3, h, w) uint8.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from tqdm import tqdm
 
 from train_t2i.data import Order, Sequenced, order_of
 from train_t2i.pictures import fit_image, source_image
@@ -19,6 +21,17 @@ from train_t2i.rows import Row
 from train_t2i.sizes import Size, bucket_sizes, nearest, side_divisor, sized
 
 Item = dict[str, Any]
+ENCODED_AT_ONCE = 64
+
+
+@torch.no_grad()
+def encoded(rows: Sequence[Row], size_px: Size, encode: Callable[[Tensor], Tensor], told: str = "") -> Tensor:
+    """(N, D) fp32 on the CPU: what ``encode`` makes of the targets at a size; ``told`` names a progress bar."""
+    features = []
+    for first in tqdm(range(0, len(rows), ENCODED_AT_ONCE), unit="batch", desc=told, disable=not told):
+        images = [fit_image(row.target, row.place, *size_px) for row in rows[first : first + ENCODED_AT_ONCE]]
+        features.append(encode(torch.stack(images)).float().cpu())
+    return torch.cat(features)
 
 
 class Rows(Dataset[Item]):

@@ -49,6 +49,9 @@ def coverage(covered: Tensor, manifold: Tensor, *, k: int = 3) -> float:
     return float((across <= radii).any(dim=1).double().mean())
 
 
+LEAST_ROWS = 4  # of either set, for recall and precision: each has three neighbours
+
+
 def recall(generated: Tensor, reference: Tensor, *, k: int = 3) -> float:
     """Diversity: the share of reference images that the generated manifold covers."""
     return coverage(reference, generated, k=k)

@@ -20,17 +20,15 @@ from train_t2i.checkpoint import RunFolder
 from train_t2i.config import DMDRConfig, Settings, monitor_paths
 from train_t2i.errors import EXIT_GAMED, UserError
 from train_t2i.guard import Reading, Tolerance
+from train_t2i.image_data import encoded
 from train_t2i.methods import RewardTerm
-from train_t2i.metrics import recall, spread
-from train_t2i.pictures import fit_image
+from train_t2i.metrics import LEAST_ROWS, recall, spread
 from train_t2i.rows import Row, load_rows
 from train_t2i.sheet import SampleSheet
 
 if TYPE_CHECKING:
     from train_t2i.run import Run
 
-REFERENCE_BATCH = 64
-MIN_IMAGES = 4  # of which each has three neighbours: recall's balls
 MIN_PROMPTS = 2  # of which there is a mean and its error
 
 
@@ -49,13 +47,13 @@ class Monitor:
     reference: Tensor | None = None  # (M, D)
 
     @torch.no_grad()
-    def read(self, step: int) -> Reading:
-        """A reading: P * S images, seed by seed."""
+    def read(self, step: int, drawn: Tensor | None) -> Reading:
+        """A reading: P * S images, seed by seed.  ``drawn``: those of the first, where the sheet has just made them."""
         training: dict[str, list[Tensor]] = {}
         held_out: dict[str, list[Tensor]] = {}
         features = []
         for seed in range(self.num_seeds):
-            images = self.sheet.student(seed)
+            images = drawn if drawn is not None and seed == 0 else self.sheet.student(seed)
             for term in self.terms:  # one of weight 0 is in no loss
                 scores = term.score(images, term.prompts(self.sheet.prompts), tick=0)
                 (training if term.weight > 0 else held_out).setdefault(f"reward_{term.name}", []).append(scores)
@@ -93,9 +91,9 @@ def check(settings: Settings, num_prompts: int) -> tuple[list[str], list[Row]]:
     except rewards.RewardError as error:
         raise UserError(str(error)) from None
     rows = load_rows(method.monitor_reference) if method.monitor_reference else []
-    if method.monitor_reference and len(rows) < MIN_IMAGES:
+    if method.monitor_reference and len(rows) < LEAST_ROWS:
         raise UserError(
-            f"--monitor-reference {method.monitor_reference}: {len(rows)} rows", f"give {MIN_IMAGES} at least"
+            f"--monitor-reference {method.monitor_reference}: {len(rows)} rows", f"give {LEAST_ROWS} at least"
         )
     return found, rows
 
@@ -112,18 +110,8 @@ def build_monitor(
     first, tower = next(iter(held_out.items()))
     if not isinstance(tower, CosineReward):
         raise UserError(f"--monitor-rewards {first}: has no features of images", "put clip or hpsv2 first")
-    reference = reference_features(tower, rows, settings.size_px) if rows else None
+    reference = encoded(rows, settings.size_px, tower.encode_images) if rows else None
     return Monitor(sheet, terms, held_out, tower, method.monitor_seeds, reference)
-
-
-@torch.no_grad()
-def reference_features(tower: CosineReward, rows: Sequence[Row], size_px: tuple[int, int]) -> Tensor:
-    """(M, D) of the reference's images at the size of the student's."""
-    features = []
-    for first in range(0, len(rows), REFERENCE_BATCH):
-        images = [fit_image(row.target, row.place, *size_px) for row in rows[first : first + REFERENCE_BATCH]]
-        features.append(tower.encode_images(torch.stack(images)).float().cpu())
-    return torch.cat(features)
 
 
 # -- in the loop -----------------------------------------------------------------------------------------------------
@@ -178,19 +166,22 @@ def due(run: Run) -> bool:
     return not taken and (step % cfg.sample_steps == 0 or step in (state.first_step, method.cold_start_iter))
 
 
-def watch(run: Run) -> None:
-    """Take a reading where one is due, log it, and warn or scale the rewards where ``--reward-guard`` says so."""
+def watch(run: Run, drawn: Tensor | None) -> bool:
+    """Take a reading where one is due, log it, and warn or scale the rewards where ``--reward-guard`` says so.
+
+    True where one was taken.  ``drawn``: the student's images of the sheet, where this step has it.
+    """
     state, method = run.state, run.settings.method
     if not due(run):
-        return
+        return False
     run.begin("sample")
-    reading = run.engine.from_main(run.monitor.read(state.clock.step) if run.monitor else None)
+    reading = run.engine.from_main(run.monitor.read(state.clock.step, drawn) if run.monitor else None)
     assert reading is not None
     run.log.reading(state.clock.step, state.samples_seen, reading.means() | {"guard_scale": state.clock.reward_scale})
     state.readings.append(reading)
     if not reading.finite:
         run.log.say(f"warning: reward guard: step {reading.step}: not judged, a score is not a finite number")
-        return
+        return True
     history, tolerance = judged(method, state.readings), tolerance_of(method)
     fresh = guard.crossed(history, tolerance)
     if method.reward_guard == "warn" and fresh.gamed:
@@ -199,6 +190,7 @@ def watch(run: Run) -> None:
         state.scale_rewards(method.guard_factor)
         why = told(guard.verdict(history, tolerance))
         run.log.say(f"reward guard: step {reading.step}: rewards now count {state.clock.reward_scale:.4g}: {why}")
+    return True
 
 
 def told(found: guard.Verdict) -> str:

@@ -93,16 +93,19 @@ class SampleSheet:
         return self._images(self._student, seed)
 
     @torch.no_grad()
-    def draw(self, step: int) -> None:
+    def draw(self, step: int) -> Tensor | None:
+        """Make the sheet; the student's images, on the processes that make any."""
         if self.method is None or self.networks is None or self.log is None:
-            return
-        rows = [*self._sources(), self.student(0)]
+            return None
+        student = self.student(0)
+        rows = [*self._sources(), student]
         if "teacher" in self.method.uses:
             if self._teacher is None:
                 self._teacher = self._images(self._of_teacher)
             rows.append(self._teacher)
         if self.writes:
             self._write(rows, step)
+        return student
 
     def _images(self, sample: Callable[[Cond, Draw], Tensor], seed: int = 0) -> Tensor:
         """(N, 3, H, W): what ``sample`` makes of each prompt, rows of equal sources at once."""

@@ -8,6 +8,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from torch import Tensor
+
 from rewards import RewardError
 from train_t2i import build, cli, monitor, peers
 from train_t2i.checkpoint import RunFolder
@@ -28,8 +30,7 @@ def loop(run: Run) -> int:
     """Train to ``max_train_steps``; returns the exit code."""
     cfg, engine, method, state = run.settings.run, run.engine, run.method, run.state
     ticks = run.feed.ticks(state.samples_seen)
-    draw_sheet(run)
-    monitor.watch(run)
+    monitor.watch(run, draw_sheet(run))
     while state.clock.step < cfg.max_train_steps:
         run.begin("tick")
         engine.seed(cfg.seed, state.clock.tick)
@@ -59,11 +60,11 @@ def loop(run: Run) -> int:
     return EXIT_DONE
 
 
-def draw_sheet(run: Run) -> None:
+def draw_sheet(run: Run) -> Tensor | None:
     """The sample images of where the run stands, of the generator's moving average where it has one."""
     run.begin("sample")
     with run.engine.averaged("generator"):
-        run.sheet.draw(run.state.clock.step)
+        return run.sheet.draw(run.state.clock.step)
 
 
 def after_step(run: Run) -> bool:
@@ -73,10 +74,9 @@ def after_step(run: Run) -> bool:
     """
     cfg, step = run.settings.run, run.state.clock.step
     last = step >= cfg.max_train_steps
-    if cfg.sample_steps and (step % cfg.sample_steps == 0 or last):
-        draw_sheet(run)
-    monitor.watch(run)
-    gamed = monitor.stop_of(run.settings, run.state.readings, run.folder)
+    drawn = draw_sheet(run) if cfg.sample_steps and (step % cfg.sample_steps == 0 or last) else None
+    watched = monitor.watch(run, drawn)
+    gamed = monitor.stop_of(run.settings, run.state.readings, run.folder) if watched else None
     minutes = (time.monotonic() - run.saved_at) / 60
     due = cfg.checkpoint_minutes > 0 and minutes >= cfg.checkpoint_minutes
     stopping, on_time, failed = run.engine.any_process(run.stop.asked, due, run.saver.failed)

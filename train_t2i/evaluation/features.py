@@ -17,21 +17,18 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
-from tqdm import tqdm
 
 from train_t2i import metrics, storage
 from train_t2i.errors import UserError
 from train_t2i.evaluation.inception import Inception
-from train_t2i.pictures import fit_image
+from train_t2i.image_data import encoded
 from train_t2i.rows import Row, load_rows
 from train_t2i.sizes import Size
 
 if TYPE_CHECKING:
     from train_t2i.evaluate import EvaluateConfig
 
-REFERENCE_BATCH = 64
 REFERENCE_KINDS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")  # of a reference folder
-MIN_ROWS = 4  # of which each has three neighbours
 
 
 def distances(space: str, features: Tensor, reference: Tensor) -> dict[str, float]:
@@ -58,8 +55,8 @@ def reference_rows(reference: str, count: int) -> list[Row]:
     else:
         rows = load_rows(reference)
     rows = rows[: count or None]
-    if len(rows) < MIN_ROWS:
-        raise UserError(f"--reference {reference}: {len(rows)} rows", f"give {MIN_ROWS} at least")
+    if len(rows) < metrics.LEAST_ROWS:
+        raise UserError(f"--reference {reference}: {len(rows)} rows", f"give {metrics.LEAST_ROWS} at least")
     return rows
 
 
@@ -97,20 +94,11 @@ class Features:
             )
             features = read_features(path, len(self.rows)) if path else None
             if features is None:
-                features = self._of_reference(space, size_px)
+                features = encoded(self.rows, size_px, self.spaces[space], told="reference")
                 if path:
                     write_features(path, features)
             found[space] = features
         self.references, self._reference_px = found, size_px
-
-    @torch.no_grad()
-    def _of_reference(self, space: str, size_px: Size) -> Tensor:
-        features = []
-        for first in tqdm(range(0, len(self.rows), REFERENCE_BATCH), unit="batch", desc="reference"):
-            rows = self.rows[first : first + REFERENCE_BATCH]
-            images = torch.stack([fit_image(row.target, row.place, *size_px) for row in rows])
-            features.append(self.spaces[space](images).float().cpu())
-        return torch.cat(features)
 
     def _key(self, space: str, size_px: Size) -> str:
         digest = hashlib.blake2b(digest_size=8)
