@@ -121,7 +121,7 @@ def test_reference_features_are_kept_and_follow_their_images(tmp_path, towers, r
     first = Scorers(config)
     first.features.prepare((32, 32))
     second = Scorers(config)
-    monkeypatch.setattr(features, "encoded", None)  # must not be called
+    monkeypatch.setattr("train_t2i.evaluation.features.encoded", None)  # must not be called
     second.features.prepare((32, 32))
     assert torch.equal(first.features.references["held_out"], second.features.references["held_out"])
     monkeypatch.undo()
