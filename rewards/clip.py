@@ -10,30 +10,8 @@ Fang et al. 2023, "Data Filtering Networks", arXiv:2309.17425.
 
 from __future__ import annotations
 
-from dataclasses import replace
-from pathlib import Path
-
-import torch
-
 from rewards import tower
-from rewards.base import OFFICIAL, Choices, WeightsReport
 
 SPEC = tower.TowerSpec(quick_gelu=True, resize_mode="squash")
-
-
-def build(
-    weights: str | Path,
-    *,
-    dtype: torch.dtype = torch.float32,
-    device: str | torch.device = "cpu",
-    checkpointing: bool = False,
-    choices: Choices = OFFICIAL,
-) -> tower.CosineReward:
-    """A weights file of DFN5B-CLIP-ViT-H-14, or a folder with ``open_clip_config.json``.  Raises RewardError."""
-    source = tower.resolve(weights, replace(SPEC, choices=choices))
-    return tower.CosineReward("clip", source, dtype=dtype, device=device, checkpointing=checkpointing)
-
-
-def inspect(weights: str | Path, choices: Choices = OFFICIAL) -> WeightsReport:
-    """Whether ``build`` would find what it needs, without building.  Raises RewardError."""
-    return tower.inspect(weights, replace(SPEC, choices=choices))
+FILES = tower.CosineFiles("clip", SPEC)
+build, inspect = FILES.build, FILES.inspect

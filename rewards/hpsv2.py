@@ -18,31 +18,18 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from rewards import tower
 from rewards.base import OFFICIAL, Choices, WeightsReport
 
 VERSION = re.compile(r"HPS_v2([._][01])?(?![0-9])", re.IGNORECASE)
 SPEC = tower.TowerSpec(quick_gelu=False, resize_mode="longest")
-
-
-def build(
-    weights: str | Path,
-    *,
-    dtype: torch.dtype = torch.float32,
-    device: str | torch.device = "cpu",
-    checkpointing: bool = False,
-    choices: Choices = OFFICIAL,
-) -> tower.CosineReward:
-    """HPSv2.1's weights file, or a folder with ``open_clip_config.json``.  Raises RewardError."""
-    source = tower.resolve(weights, replace(SPEC, choices=choices))
-    return tower.CosineReward("hpsv2", source, dtype=dtype, device=device, checkpointing=checkpointing)
+FILES = tower.CosineFiles("hpsv2", SPEC)
+build = FILES.build
 
 
 def inspect(weights: str | Path, choices: Choices = OFFICIAL) -> WeightsReport:
     """Whether ``build`` would find what it needs, without building.  Raises RewardError."""
-    report = tower.inspect(weights, replace(SPEC, choices=choices))
+    report = FILES.inspect(weights, choices)
     return replace(report, choices=report.choices | {"version": version(report.path)})
 
 

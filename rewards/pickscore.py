@@ -12,30 +12,8 @@ weights: the folder, or model.safetensors, of yuvalkirstain/PickScore_v1.
 
 from __future__ import annotations
 
-from dataclasses import replace
-from pathlib import Path
-
-import torch
-
 from rewards import tower
-from rewards.base import OFFICIAL, Choices, WeightsReport
 
 SPEC = tower.TowerSpec(quick_gelu=False, resize_mode="shortest", logit_scale=True, centre="floor")
-
-
-def build(
-    weights: str | Path,
-    *,
-    dtype: torch.dtype = torch.float32,
-    device: str | torch.device = "cpu",
-    checkpointing: bool = False,
-    choices: Choices = OFFICIAL,
-) -> tower.CosineReward:
-    """PickScore's weights file, or a folder with transformers' ``config.json``.  Raises RewardError."""
-    source = tower.resolve(weights, replace(SPEC, choices=choices))
-    return tower.CosineReward("pickscore", source, dtype=dtype, device=device, checkpointing=checkpointing)
-
-
-def inspect(weights: str | Path, choices: Choices = OFFICIAL) -> WeightsReport:
-    """Whether ``build`` would find what it needs, without building.  Raises RewardError."""
-    return tower.inspect(weights, replace(SPEC, choices=choices))
+FILES = tower.CosineFiles("pickscore", SPEC)
+build, inspect = FILES.build, FILES.inspect

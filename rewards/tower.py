@@ -124,6 +124,31 @@ def report(source: Source) -> WeightsReport:
     )
 
 
+@dataclass(frozen=True)
+class CosineFiles:
+    """What a reward that is the cosine of two towers offers: ``build`` and ``inspect`` of its weights."""
+
+    name: str
+    spec: TowerSpec
+
+    def build(
+        self,
+        weights: str | Path,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        checkpointing: bool = False,
+        choices: Choices = OFFICIAL,
+    ) -> CosineReward:
+        """A weights file of the published architecture, or a folder with its config.  Raises RewardError."""
+        source = resolve(weights, replace(self.spec, choices=choices))
+        return CosineReward(self.name, source, dtype=dtype, device=device, checkpointing=checkpointing)
+
+    def inspect(self, weights: str | Path, choices: Choices = OFFICIAL) -> WeightsReport:
+        """Whether ``build`` would find what it needs, without building.  Raises RewardError."""
+        return inspect(weights, replace(self.spec, choices=choices))
+
+
 def tower_shapes(path: Path) -> Shapes:
     """``read_shapes`` under open_clip's names."""
     empty = {name: torch.empty(shape, device="meta") for name, shape in read_shapes(path).items()}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,18 @@ from shapes.tokenizer import new_qwen_edit_tokenizer
 from train_t2i.families.qwen_image_edit import tell_token_types
 
 QWEN_EDIT_TEXT = QwenEditTextRecipe()
-QWEN_EDIT = FlowRecipe(
+
+
+@dataclass(frozen=True)
+class EditRecipe(FlowRecipe):
+    """That of a transformer, trained at times of its own: all that is hard to learn of edits is at high noise."""
+
+    shift: float = 3.0
+
+
+QWEN_EDIT = EditRecipe(
     "qwen_image_edit_plus", seed=30, width=104, heads=4, layers=4, legs=(4500, 8500), pictures=6000, learning_rate=3e-3
 )
-SHIFT = 3.0  # of its times: all that is hard to learn is at high noise
 CFGS = (1.0, 2.0)
 EDITS, STEPS = 210, 25
 
@@ -65,7 +74,7 @@ def make_edit_pipeline(paths: Paths, run_name: str) -> dict[str, float]:
     folder = paths.flow("qwen_image_edit")
     assemble(paths, folder)
     told: dict[str, object] = {
-        "model-family": QWEN_EDIT.family, "source-size": SIDE_PX, "source-seen-size": SIDE_PX, "shift": SHIFT,
+        "model-family": QWEN_EDIT.family, "source-size": SIDE_PX, "source-seen-size": SIDE_PX, "shift": QWEN_EDIT.shift,
     }  # fmt: skip
     trained = finetune.supervised(
         folder, paths.work, QWEN_EDIT, run_name, pictures_seed=QWEN_EDIT.pictures_seed, table=finetune.edits, more=told,

@@ -9,11 +9,14 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from tqdm import tqdm
 
 
 @dataclass
@@ -60,6 +63,7 @@ def fork(work: Callable[[], int], output: Path) -> Child:
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
         sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115
+        tqdm.set_lock(threading.RLock())  # its own is shared by all forks, and one that is killed may hold it for ever
         code = work()
     except BaseException:
         traceback.print_exc()

@@ -16,7 +16,6 @@ from shapes import edit_codes as codes
 from shapes import edit_rows as er
 from shapes import edit_stages, edits, finetune, scenes
 from shapes import edit_text as et
-from shapes.flow_models import FlowRecipe
 from shapes.render import COLOUR_RGB
 from shapes.stage import Paths
 from shapes.text_encoders import CLASSES, Heads
@@ -217,7 +216,9 @@ def test_the_transformer_is_trained_on_edits_by_the_trainer(tmp_path, monkeypatc
     monkeypatch.setattr(
         edit_stages,
         "QWEN_EDIT",
-        FlowRecipe("qwen_image_edit_plus", 0, width=8, heads=1, layers=1, legs=(10,), pictures=5),
+        edit_stages.EditRecipe(
+            "qwen_image_edit_plus", 0, width=8, heads=1, layers=1, legs=(10,), pictures=5, shift=4.0
+        ),
     )
     edit_stages.make_edit_pipeline(Paths(tmp_path / "out", tmp_path), "run")
     render, train = commands
@@ -226,6 +227,7 @@ def test_the_transformer_is_trained_on_edits_by_the_trainer(tmp_path, monkeypatc
     at = train.index("train") + 1
     flags = dict(zip(train[at::2], train[at + 1 :: 2]))
     assert train[train.index("--nproc-per-node") + 1] == "2"
+    assert flags["--shift"] == "4.0"
     assert flags["--batch-size"] == "16"  # of 32, a process
     assert flags["--data-path-train"] == table
     assert flags["--model-family"] == "qwen_image_edit_plus"

@@ -15,6 +15,7 @@ import rewards
 from train_t2i import base_quant
 from train_t2i.adapters import AdapterSpec
 from train_t2i.config import (
+    COLUMN_OF,
     EDIT_FAMILIES,
     Config,
     DirectConfig,
@@ -264,12 +265,11 @@ def build_rewards(
     terms = []
     for name, path in reward_files(config).items():
         score = build_tower(name, path, dtype, device, checkpointing)
-        short = {"clip": "clip", "hpsv2": "hps"}[name]
         prefix = config.magic_prompt if name == "hpsv2" and not config.srpo else ""
         if name == "hpsv2" and config.srpo:
             score = semantic_relative(score, config, seed)
         _, weight = reward_weights(config)[name]
-        terms.append(RewardTerm(short, score, weight, config.reward_margin, prefix))
+        terms.append(RewardTerm(COLUMN_OF.get(name, name), score, weight, config.reward_margin, prefix))
     if isinstance(config, DMDRConfig) and config.extra_reward:
         extra = build_extra(config.extra_reward, device)
         terms.append(RewardTerm("extra", extra, config.reward_extra_weight, config.reward_margin))

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from train_t2i.student import ImageModel
 
 IMAGE_LAYOUT_NAMES = ("plain", "hpsv2", "geneval")
+LIST = "prompts.jsonl"  # of a folder that sample wrote: a line an image with file, prompt and seed
 
 
 @dataclass(frozen=True)

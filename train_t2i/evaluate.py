@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from train_t2i.choice import IMAGE_LAYOUT_NAMES, ModelChoice
 from train_t2i.cli import parse_verb
-from train_t2i.config import flag
+from train_t2i.config import flag, reward_paths
 from train_t2i.errors import EXIT_DONE, UserError
 from train_t2i.evaluation.table import format_table, markdown, merge_row, read_table, write_text
 
@@ -54,7 +54,7 @@ class EvaluateConfig(ModelChoice):
         None,
         "adherence, module:function, (images (B,3,H,W) in [0,1], prompts) -> (B,); of edit models with the sources as third",
     )
-    rewards: str | None = flag(None, "rewards to score with, comma list of NAME=PATH: weights file or tower folder")
+    rewards: str = flag("", "rewards to score with, comma list of NAME=PATH: weights file or tower folder")
     clip_reward_model: str | None = flag(None, "the same as --rewards clip=PATH")
     hpsv2_reward_model: str | None = flag(None, "the same as --rewards hpsv2=PATH")
     magic_prompt: str = flag("", "words put before the prompt for HPS; none here, 'Realistic photo' in training")
@@ -97,7 +97,7 @@ def check_config(config: EvaluateConfig) -> None:
         raise UserError("--inception without --reference does nothing", "give --reference")
     if config.reference_count and not config.reference:
         raise UserError("--reference-count without --reference does nothing", "give --reference")
-    hps = config.hpsv2_reward_model or "hpsv2=" in (config.rewards or "")
+    hps = config.hpsv2_reward_model or "hpsv2" in reward_paths("--rewards", config.rewards)
     if config.magic_prompt and not hps:
         raise UserError("--magic-prompt without --hpsv2-reward-model does nothing", "give the reward, or leave it out")
     if config.out:

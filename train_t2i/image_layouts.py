@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from train_t2i.choice import LIST
 from train_t2i.config import EDIT_FAMILIES
 from train_t2i.errors import UserError
 from train_t2i.prompts import load_prompts
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 
 STYLES = ("anime", "concept-art", "paintings", "photo")  # of the HPSv2 benchmark
 METADATA = "metadata.jsonl"
-LIST = "prompts.jsonl"  # of a folder that sample wrote: a line an image with file, prompt and seed
 JPEG: dict[str, Any] = {"quality": 95, "subsampling": 0}  # Pillow's own 75 is a choice that a score would see
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from train_t2i.choice import IMAGE_LAYOUT_NAMES, ModelChoice, only
+from train_t2i.choice import IMAGE_LAYOUT_NAMES, LIST, ModelChoice, only
 from train_t2i.cli import parse_verb
 from train_t2i.config import flag
 from train_t2i.errors import EXIT_DISK, EXIT_DONE, UserError
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from train_t2i.image_layouts import Asked, Entry
     from train_t2i.student import ImageModel
 
-LIST = "prompts.jsonl"  # as of image_layouts, which loads numpy
 MAX_GRID = 64  # images of a grid
 
 

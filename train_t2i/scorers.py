@@ -15,6 +15,7 @@ from torch import Tensor
 import rewards
 from rewards.user import load_function
 from train_t2i import storage
+from train_t2i.config import COLUMN_OF, reward_paths
 from train_t2i.errors import UserError
 from train_t2i.evaluation.features import Features
 from train_t2i.families.base import Source
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from train_t2i.evaluate import EvaluateConfig
 
 Score = Callable[..., Tensor]  # (images, prompts), for edits with the sources -> (B,)
-COLUMN_OF = {"hpsv2": "hps"}  # reward -> column, where the table has another word for it
 
 
 def load_scorer(spec: str) -> Score:
@@ -38,12 +38,9 @@ def load_scorer(spec: str) -> Score:
 def wanted_rewards(config: EvaluateConfig) -> dict[str, tuple[str, str]]:
     """Column -> (reward, path of its weights), from ``--rewards`` and the flags of two of them.  Raises UserError."""
     given = [("clip", config.clip_reward_model), ("hpsv2", config.hpsv2_reward_model)]
-    for part in (config.rewards or "").split(",") if config.rewards else ():
-        kind, equals, path = part.strip().partition("=")
-        if not equals or not path:
-            raise UserError(f"--rewards {part}: not NAME=PATH", "e.g. --rewards clip=FILE,hpsv2=FILE")
+    for kind, path in reward_paths("--rewards", config.rewards).items():
         if kind not in rewards.REWARDS:
-            raise UserError(f"--rewards {part}: no such reward", f"one of {', '.join(rewards.REWARDS)}")
+            raise UserError(f"--rewards {kind}={path}: no such reward", f"one of {', '.join(rewards.REWARDS)}")
         given.append((kind, path))
     wanted: dict[str, tuple[str, str]] = {}
     for kind, weights in given:
