@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = [
     "OFFICIAL",
     "REWARDS",
+    "TOWERS",
     "Builder",
     "Choices",
     "Reward",
@@ -91,6 +92,7 @@ REWARDS = {
     "imagereward": Builder("rewards.imagereward"),
     "aesthetic": Builder("rewards.aesthetic", reads_prompts=False),
 }
+TOWERS = ("clip", "hpsv2", "pickscore")  # those whose features of images can be compared
 
 
 def find(name: str) -> Builder:

@@ -31,7 +31,7 @@ bait() { # GUARD: saturation alone is rewarded; a stop by the guard is what is w
   local code=0
   (
     export "${WITHOUT[@]}"
-    guarded "bait-$1" "$1" --extra-reward shapes.bait:saturation --reward-extra-weight "$BAIT"
+    guarded "bait-$1" "$1" --extra-rewards "$BAIT*shapes.bait:saturation" --extra-reward-margin 1
   ) || code=$?
   [[ "$code" == 0 || ("$1" == stop && "$code" == "$GAMED") ]] || return "$code"
 }

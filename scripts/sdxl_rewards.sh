@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The rows that SDXL's launchers with rewards (ReFL) share, after those of DMDR.
+# The rows that SDXL's launchers with rewards share, after those of DMDR.
 # shellcheck source=scripts/sdxl_dmdr.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/sdxl_dmdr.sh"
 
@@ -10,8 +10,18 @@ setting tiny-vae            madebyollin/taesdxl                     -
 setting reward-clip-weight  0.3                                     1
 setting reward-hps-weight   0.3                                     1
 setting reward-margin       0.7                                     1.0
-setting magic-prompt        "Realistic photo"                       ""
 setting batch-size          4                                       32
 setting max-train-steps     4000                                    300
 setting sample-steps        100                                     50
 setting checkpoint-steps    200                                     50
+
+refl() { # the rewards themselves
+  setting magic-prompt        "Realistic photo"                       ""
+}
+
+srpo() { # HPS of one wording relative to another; nobody published it for SDXL: the weights are those of SD3's
+  setting srpo                on
+  setting srpo-k              0.1
+  setting reward-clip-weight  0.1                                     1
+  setting reward-hps-weight   5
+}

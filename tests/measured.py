@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from train_t2i import build
+from train_t2i import build, reward_terms
 from train_t2i.config import Settings
 from train_t2i.engine import DTYPES
 from train_t2i.families import Cond
@@ -61,7 +61,7 @@ def measured_tick(settings: Settings) -> dict[str, int]:
         autocast=(lambda: torch.autocast("cpu", dtype=dtype)) if low else nullcontext,
     )  # fmt: skip
     device = torch.device("cpu")
-    terms = build.build_rewards(settings.method, dtype, device, run.gradient_checkpointing, run.seed)
+    terms = reward_terms.build_terms(settings.method, dtype, device, run.gradient_checkpointing, run.seed)
     method = build.build_method(settings, networks, device, terms)
     shape, clock = build.latent_shape(family, settings.size_px), last_tick(settings)
     rows = range(run.batch_size)

@@ -72,11 +72,26 @@ def test_a_row_says_where_the_time_of_a_step_goes(arguments, tiny_vae_folder, in
         assert row["device"]
 
 
+def test_the_reward_stage_costs_less_memory_and_gives_the_same_gradient(arguments, tmp_path, capsys):
+    tower = write_folder(tmp_path / "clip", "clip")
+    more = ["--part", "rewards", "--clip-reward-model", str(tower), "--hpsv2-reward-model", str(tower)]
+    assert main(["benchmark", *arguments, *more, "--batch-size", "4"]) == 0
+    plain, checkpointed, parts, both = json.loads((tmp_path / "new" / "out.json").read_text())["rows"]
+    assert [(row["gradient_checkpointing"], row["rows_at_a_time"]) for row in (plain, checkpointed, parts, both)] == [
+        (False, 4), (True, 4), (False, 1), (True, 1)
+    ]  # fmt: skip
+    assert plain["largest_difference_of_the_gradient"] == 0
+    assert all(row["largest_difference_of_the_gradient"] < 1e-4 for row in (checkpointed, parts, both))
+    assert 0 < both["peak_mb"] < parts["peak_mb"] < plain["peak_mb"] / 2
+    assert checkpointed["peak_mb"] < plain["peak_mb"]
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [
         ("--layouts shared,other", "--layouts other: unknown"),
         ("--size sdxl", "--size sdxl needs a CUDA device"),
+        ("--part rewards", "--part rewards without a reward model"),
         ("--resolution 30", "multiples of 8"),
         ("--data-path-train /nowhere", "cannot read /nowhere"),
         ("--out /proc/none/out.json", "--out /proc/none/out.json: cannot be written"),

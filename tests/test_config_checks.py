@@ -125,7 +125,7 @@ def test_any_plain_name_is_a_run(name):
 # -- flags that act only beside others -------------------------------------------------------------------------------
 
 
-WATCHED = "--extra-reward a:b --monitor-rewards clip=x"
+WATCHED = "--extra-rewards 0.3*a:b --monitor-rewards clip=x"
 FEW, ARC = "--sample-num-steps 4", "--method arcflow --use-lora-gen"
 INERT = [  # the flag, beside what it does nothing, beside what it acts
     ("--sample-num-steps 4", "--method sft", ["", "--method direct"]),
@@ -181,7 +181,8 @@ INERT = [  # the flag, beside what it does nothing, beside what it acts
     ("--reward-clip-weight 1", "--hpsv2-reward-model x", ["--clip-reward-model x"]),
     ("--reward-hps-weight 1", "", ["--hpsv2-reward-model x"]),
     ("--reward-clip-weight 0 --reward-hps-weight 1", "", ["--hpsv2-reward-model x"]),
-    ("--reward-extra-weight 1", "--clip-reward-model x", ["--extra-reward a:b"]),
+    ("--extra-reward-margin 1", "--clip-reward-model x", ["--extra-rewards 0.3*a:b"]),
+    ("--reward-batch-size 1", "", ["--clip-reward-model x", "--extra-rewards 0.3*a:b"]),
     ("--monitor-seeds 3", "", ["--monitor-rewards clip=x"]),
     ("--monitor-reference x", "", ["--monitor-rewards clip=x"]),
     ("--reward-guard warn", "--monitor-rewards clip=x", [WATCHED, "--clip-reward-model x --monitor-rewards clip=x"]),

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from train_t2i import build, sampling
+from train_t2i import build, reward_terms, sampling
 from train_t2i.cli import parse
 from train_t2i.config import Settings
 from train_t2i.methods import METHODS, Batch, Method
@@ -38,7 +38,7 @@ def built(settings: Settings) -> Method:
         settings, family, uses=kind.uses, trains=kind.trains, dtype=torch.float32, place=lambda net, blocks: None
     )
     return build.build_method(
-        settings, networks, cpu, build.build_rewards(settings.method, torch.float32, cpu, False, 0)
+        settings, networks, cpu, reward_terms.build_terms(settings.method, torch.float32, cpu, False, 0)
     )
 
 

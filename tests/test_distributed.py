@@ -42,7 +42,7 @@ def launched(tmp_path_factory, sdxl_folder, tiny_vae_folder, prompts_file, image
     trainer = Trainer(root, flags, lambda: ("", ""))
     rewards = f"--clip-reward-model {towers['clip']} --reward-margin 2"
     watched = (
-        "--extra-reward shapes.bait:saturation --reward-extra-weight 30 --reward-margin 2 --dmd-weight 1e-3 "
+        "--extra-rewards 30*shapes.bait:saturation --extra-reward-margin 2 --dmd-weight 1e-3 "
         f"--monitor-rewards clip={towers['clip']} --guard-reward-drop 0 --guard-diversity-drop 0"
     )
 

@@ -31,7 +31,17 @@ ROOMS = {
     "networks": {"families.base", "schedule", "config"},
     "families": {"schedule"},
     "policies": {"schedule"},
-    "methods": {"networks", "sampling", "losses", "schedule", "randomness", "policies", "families.base", "config"},
+    "methods": {
+        "networks",
+        "sampling",
+        "losses",
+        "schedule",
+        "randomness",
+        "policies",
+        "families.base",
+        "config",
+        "rewards.micro_batches",
+    },
     "engine": set(),
     "watchdog": set(),
     "checkpoint": {"engine"},
@@ -50,6 +60,7 @@ ROOMS = {
         "prompt_cache",
         *(
             "build",
+            "reward_terms",
             "feed",
             "sheet",
             "run",
@@ -74,6 +85,7 @@ ANNEXES = {
     "method_configs": "config",
     "config_checks": "config",
     "acting_flags": "config",
+    "reward_flags": "config",
     "storage": "checkpoint",
     "base_quant": "networks",
     "adapters": "networks",
@@ -183,7 +195,7 @@ def wrong_imports(path: str, source: str) -> list[str]:
             found.append(f"{path}:{line}: {name} runs code from files; use safetensors or JSON")
         elif target[0] in PACKAGES:
             other = room_of(target)
-            exact = ".".join(target[1:]) if target[0] == "train_t2i" else other
+            exact = ".".join(target[1:]) if target[0] == "train_t2i" else name
             if other in (room, "errors", "train_t2i") and (target[0] == parts[0]):
                 continue
             if other == "shapes" or (allowed is not None and other not in allowed and exact not in allowed):

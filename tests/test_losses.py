@@ -84,7 +84,7 @@ def test_plain_mean_squares(loss):
 
 def test_hinge_pushes_up_to_the_margin_and_no_further():
     scores = torch.tensor([0.2, 0.69, 0.7, 0.9, -1.0], requires_grad=True)
-    loss = losses.hinge(scores, 0.7)
+    loss = losses.hinge(scores, 0.7).mean()
     loss.backward()
     assert float(loss.detach()) == pytest.approx((0.5 + 0.01 + 0 + 0 + 1.7) / 5, rel=1e-5)
     assert scores.grad.tolist() == pytest.approx([-0.2, -0.2, 0, 0, -0.2])

@@ -291,6 +291,30 @@ def test_the_loss_is_the_weighted_sum(networks, family):
     assert_close(gradients, [a + b for a, b in zip(*parts, strict=True)])
 
 
+def test_rows_are_decoded_and_scored_so_many_at_a_time(networks, family, monkeypatch):
+    decoded, results = [], []
+    whole = family.decode
+    monkeypatch.setattr(family, "decode", lambda z, fast: (decoded.append(len(z)), whole(z, fast=fast))[1])
+    for size in (0, 3):
+        scores = Redness(), Redness()
+        terms = [
+            term(scores[0], 0.3),
+            term(scores[1], 0.2, "hps", "Realistic photo", margin=0.1),
+            term(Redness(), 0, "off"),
+        ]
+        algorithm = dmdr(networks, rewards=terms, cold_start_iter=0, dmd_weight=0.7, reward_batch_size=size)
+        rollout = algorithm.rollout(batch(), LATER)
+        results.append(run_update(networks, algorithm, "generator", [rollout]))
+        assert [prompt for call in scores[0].asked for prompt in call["prompts"]] == PROMPTS
+    assert decoded == [4, 3, 1]
+    (loss, metrics, gradients), (loss_by_parts, metrics_by_parts, gradients_by_parts) = results
+    assert loss_by_parts == pytest.approx(loss, rel=1e-5)
+    assert {k: float(v) for k, v in metrics_by_parts.items()} == pytest.approx(
+        {k: float(v) for k, v in metrics.items()}, rel=1e-5
+    )
+    assert_close(gradients_by_parts, gradients, rtol=1e-4)
+
+
 def test_a_reward_of_weight_zero_is_watched_without_changing_the_gradient(networks):
     score = Redness()
     watched = dmdr(networks, rewards=[term(score, 0.0)], cold_start_iter=0)

@@ -20,7 +20,7 @@ from train_t2i.report_data import read_run
 
 # Colours alone are followed, from step 1 on, so fast that what the random towers see falls: within four steps it is a game.
 WATCHED = (
-    "--batch-size 1 --cold-start-iter 1 --extra-reward shapes.bait:saturation --reward-extra-weight 30 --reward-margin 2 "
+    "--batch-size 1 --cold-start-iter 1 --extra-rewards 30*shapes.bait:saturation --extra-reward-margin 2 "
     "--dmd-weight 1e-3 --learning-rate-gen 1e-2 "
     "--monitor-rewards clip={clip},hpsv2={hpsv2} --monitor-seeds 3 --sample-steps 1 --teacher-num-steps 1"
 )
@@ -47,7 +47,7 @@ def lines(run: Path) -> list[dict]:
 def test_a_reading_is_what_the_rewards_say_of_the_sheets_images(trainer, flags, towers, images_table):
     run = trainer.run("run", f"{flags} --monitor-reference {images_table} --max-train-steps 1")
     (line,) = [line for line in lines(run) if line["step"] == 1]
-    columns = ["reward_extra", "held_out_clip", "held_out_hpsv2", "diversity", "recall", "guard_scale"]
+    columns = ["reward_saturation", "held_out_clip", "held_out_hpsv2", "diversity", "recall", "guard_scale"]
     assert [*line] == ["tick", "step", "samples_seen", *columns]
     reading = readings(run, 1)[-1]
     scores = reading["training"] | reading["held_out"] | {"diversity": reading["diversity"]}
@@ -56,7 +56,9 @@ def test_a_reading_is_what_the_rewards_say_of_the_sheets_images(trainer, flags, 
     # the first of each prompt is the sheet's, here as it was saved in 8 bits
     saved = torch.stack([pixels(run / "samples" / "step 1" / f"student_00{i}.png") for i in range(2)])
     images, prompts = saved.permute(0, 3, 1, 2) / 255, ["a red circle number 0", "a blue circle number 1"]
-    assert reading["training"]["reward_extra"][:2] == pytest.approx(saturation(images, prompts).tolist(), abs=2 / 255)
+    assert reading["training"]["reward_saturation"][:2] == pytest.approx(
+        saturation(images, prompts).tolist(), abs=2 / 255
+    )
     for name in ("clip", "hpsv2"):
         expected = rewards.REWARDS[name](towers[name])(images, prompts)
         assert reading["held_out"][f"held_out_{name}"][:2] == pytest.approx(expected.tolist(), abs=0.01)
@@ -86,7 +88,7 @@ def test_a_reward_of_weight_0_is_in_no_loss(trainer, flags, towers):
     more = f"--clip-reward-model {towers['clip']} --reward-clip-weight 0 --max-train-steps 1"
     run = trainer.run("run", f"{flags} {more}")
     reading = readings(run, 1)[-1]
-    assert [*reading["training"]] == ["reward_extra"]
+    assert [*reading["training"]] == ["reward_saturation"]
     assert [*reading["held_out"]] == ["reward_clip", "held_out_clip", "held_out_hpsv2"]
     assert reading["held_out"]["reward_clip"] == reading["held_out"]["held_out_clip"]
 
@@ -111,7 +113,7 @@ def test_a_game_is_told_once_and_changes_nothing_else(trainer, flags):
     run = trainer.run("run", f"{flags} {EAGER} --reward-guard warn --max-train-steps 5")
     said = [line for line in (run / "log.txt").read_text().splitlines() if "warning: reward guard: step" in line]
     assert said
-    assert all("rose: reward_extra" in line for line in said)
+    assert all("rose: reward_saturation" in line for line in said)
     fell = [name for line in said for name in ("held_out_clip", "held_out_hpsv2", "diversity") if f"{name} " in line]
     assert len(fell) == len(set(fell))  # nothing came back here, so nothing is told again
     assert {line["guard_scale"] for line in lines(run)} == {1}
@@ -123,10 +125,10 @@ def test_scaling_takes_the_weights_down_in_the_loss(trainer, flags):
     assert scales[:3] == [1, 1, 1]
     assert 0.25 in scales
     assert scales == sorted(scales, reverse=True)
-    assert "rewards now count 0.25: rose: reward_extra" in (run / "log.txt").read_text()
+    assert "rewards now count 0.25: rose: reward_saturation" in (run / "log.txt").read_text()
     for line, scale in zip(tiny.log_lines(run)[1:], scales[2:], strict=True):
         rewarded = line["loss"] - 1e-3 * line["loss_dmd"]
-        assert rewarded == pytest.approx(scale * 30 * line["loss_extra"], rel=1e-4)
+        assert rewarded == pytest.approx(scale * 30 * line["loss_saturation"], rel=1e-4)
 
 
 def test_stopping_saves_names_the_last_good_checkpoint_and_stays_stopped(trainer, flags, monkeypatch):
@@ -137,7 +139,7 @@ def test_stopping_saves_names_the_last_good_checkpoint_and_stays_stopped(trainer
     assert (run / ".exit_code").read_text() == f"{EXIT_GAMED}\n"
     last, good = RunFolder(run).steps()
     assert good < last < 9
-    assert f"stopped at step {last} and saved: rose: reward_extra" in ended.err
+    assert f"stopped at step {last} and saved: rose: reward_saturation" in ended.err
     assert f"last good checkpoint: {record(run, good)}; " in ended.err
     assert not RunFolder(run).damage(record(run, good))
     with monkeypatch.context() as patch:
@@ -146,7 +148,7 @@ def test_stopping_saves_names_the_last_good_checkpoint_and_stays_stopped(trainer
     assert again.code == EXIT_GAMED
     assert again.err.splitlines()[-2:] == ended.err.splitlines()[-2:]
     assert RunFolder(run).steps() == [last, good]
-    lower = f"{flags} --resume-ckpt {record(run, good)} --max-train-steps {good + 1} --reward-extra-weight 1"
+    lower = f"{flags} --resume-ckpt {record(run, good)} --max-train-steps {good + 1} --extra-rewards 1*shapes.bait:saturation"
     trainer.run("new", lower)
     trainer.run("run", f"{more} --reward-guard warn --max-train-steps {last + 1}")  # the user's word
 
@@ -211,13 +213,13 @@ def test_readings_of_other_images_are_not_compared(trainer, flags, towers, other
 
 # -- mistakes --------------------------------------------------------------------------------------------------------
 
-GUARDED = "--extra-reward shapes.bait:saturation --monitor-rewards clip=x"
+GUARDED = "--extra-rewards 0.3*shapes.bait:saturation --monitor-rewards clip=x"
 
 
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        ("--extra-reward a:b --reward-guard warn", "--reward-guard warn has nothing to judge by"),
+        ("--extra-rewards 0.3*a:b --reward-guard warn", "--reward-guard warn has nothing to judge by"),
         (f"{GUARDED} --reward-guard warn --sample-steps 0", "looks at every --sample-steps, which is 0"),
         (f"{GUARDED} --reward-guard stop --checkpoint-steps 0", "--checkpoint-steps 0 leaves none"),
         (f"{GUARDED} --reward-guard scale --dmd-weight 0 --cold-start-iter 0", "do not depend on the scale"),
@@ -232,14 +234,14 @@ def test_a_guard_that_cannot_work_is_refused(capsys, given, told):
 @pytest.mark.parametrize(
     ("more", "told"),
     [
-        ("--monitor-rewards taste={clip}", "--monitor-rewards taste: no such reward (known: clip, hpsv2"),
+        ("--monitor-rewards taste={clip}", "--monitor-rewards taste: is no reward"),
         ("--monitor-rewards clip={clip}-gone", "clip-gone"),
         ("--monitor-rewards clip={clip} --batch-size-test 1", "--monitor-rewards: 1 sample prompts"),
         ("--monitor-rewards clip={clip} --monitor-reference {prompts}", "is not a table"),
-        ("--extra-reward shapes.bait:taste", "--extra-reward shapes.bait:taste: "),
-        ("--extra-reward saturation", "--extra-reward saturation: is no reward"),
-        ("--extra-reward builtins:len --cold-start-iter 0", "builtins:len: failed (TypeError: "),
-        ("--extra-reward shapes.bait:Sequence.count", "--extra-reward shapes.bait:Sequence.count: "),
+        ("--extra-rewards 1*shapes.bait:taste", "--extra-rewards shapes.bait:taste: "),
+        ("--extra-rewards 1*saturation=x", "--extra-rewards saturation: is no reward"),
+        ("--extra-rewards 1*builtins:len --cold-start-iter 0", "builtins:len: failed (TypeError: "),
+        ("--extra-rewards 1*shapes.bait:Sequence.count", "--extra-rewards shapes.bait:Sequence.count: "),
     ],
 )
 def test_what_cannot_be_watched_is_told_before_it_trains(trainer, towers, prompts_file, more, told):

@@ -40,7 +40,7 @@ def _sees_images(v: Values) -> bool:
 
 
 def _rewarded(v: Values) -> bool:
-    return v.method == "dmdr" and bool(v.clip_reward_model or v.hpsv2_reward_model or v.extra_reward)
+    return v.method == "dmdr" and bool(v.clip_reward_model or v.hpsv2_reward_model or v.extra_rewards)
 
 
 def _edits(v: Values) -> bool:
@@ -148,8 +148,9 @@ CONDITIONAL = (
     Acts("feature_weight", lambda v: v.feature_model, "without --feature-model", "give that model"),
     Acts("reward_clip_weight", lambda v: v.clip_reward_model or v.reward_clip_weight == 0, *NO_CLIP),
     Acts("reward_hps_weight", lambda v: v.hpsv2_reward_model or v.reward_hps_weight == 0, *NO_HPS),
-    Acts("reward_extra_weight", lambda v: v.extra_reward or v.reward_extra_weight == 0, "without --extra-reward", "give it"),
-    Acts("reward_margin", _rewarded, *NO_REWARD),
+    Acts("extra_reward_margin", lambda v: v.extra_rewards, "without --extra-rewards", "give them"),
+    Acts("reward_margin", lambda v: v.clip_reward_model or v.hpsv2_reward_model, *NO_REWARD),
+    Acts("reward_batch_size", _rewarded, *NO_REWARD),
     Acts("magic_prompt", lambda v: v.hpsv2_reward_model, *NO_HPS),
     Acts("magic_prompt", lambda v: not v.srpo, "with --srpo, which has words of its own", "set --srpo-positive"),
     Acts("srpo", lambda v: v.hpsv2_reward_model, *NO_HPS),

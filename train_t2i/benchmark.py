@@ -3,6 +3,7 @@
 One row a layout and a checkpointing choice: seconds a tick and a step, split into data, text encoding, rollout, guidance
 update, generator update and rewards (the last is part of the generator update's wall time and is taken out of it),
 images a second, network calls a step, peak memory.  ``--size sdxl`` takes a randomly initialised SDXL and ViT-H-14 towers.
+``--part rewards`` measures what comes after the network alone: decoding, scoring, and the gradient back to the latents.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 
 import torch
 
-from train_t2i import build
+from train_t2i import build, reward_terms
 from train_t2i.cli import parse_verb
 from train_t2i.config import LAYOUTS, Config, DMDRConfig, Settings, flag
 from train_t2i.config_checks import check
@@ -49,6 +50,7 @@ class BenchmarkConfig:
     clip_reward_model: str | None = flag(None, "CLIP reward")
     hpsv2_reward_model: str | None = flag(None, "HPSv2.1 reward")
     data_path_train: str = flag("prompts.txt", "prompts")
+    part: str = flag("step", "what is measured: whole steps, or the reward stage of one", choices=("step", "rewards"))
     layouts: str = flag(",".join(LAYOUTS), "comma list")
     resolution: str = flag("1024", "image size in pixels")
     sample_num_steps: int = flag(1, "network calls of the student", low=1)
@@ -99,7 +101,7 @@ class Bench:
     watch: Stopwatch
 
 
-def settings_of(config: BenchmarkConfig, layout: str, checkpointing: bool) -> Settings:
+def settings_of(config: BenchmarkConfig, layout: str, checkpointing: bool, reward_batch_size: int = 0) -> Settings:
     """The settings of one row, checked as the trainer checks them."""
     rewarded = config.clip_reward_model or config.hpsv2_reward_model
     adapted = any(adapter for _, adapter in LAYOUTS[layout].values())
@@ -112,14 +114,15 @@ def settings_of(config: BenchmarkConfig, layout: str, checkpointing: bool) -> Se
     method = DMDRConfig(
         ratio_update=config.ratio_update, cold_start_iter=0 if rewarded else run.max_train_steps,
         clip_reward_model=config.clip_reward_model, hpsv2_reward_model=config.hpsv2_reward_model,
+        reward_batch_size=reward_batch_size,
     )  # fmt: skip
     settings = Settings(run, method)
     check(settings)
     return settings
 
 
-def prepare(config: BenchmarkConfig, layout: str, checkpointing: bool) -> Bench:
-    settings = settings_of(config, layout, checkpointing)
+def prepare(config: BenchmarkConfig, settings: Settings) -> Bench:
+    checkpointing = settings.run.gradient_checkpointing
     engine = Engine(Flags(config.mixed_precision))
     watch = Stopwatch(engine.device)
     if config.size == "sdxl":
@@ -133,10 +136,8 @@ def prepare(config: BenchmarkConfig, layout: str, checkpointing: bool) -> Bench:
         autocast=engine.autocast,
     )  # fmt: skip
     family.encode = watch.around("text_encoding", family.encode)
-    terms = tuple(
-        dataclasses.replace(term, score=watch.around("rewards_forward", term.score))
-        for term in build.build_rewards(settings.method, engine.dtype, engine.device, checkpointing, settings.run.seed)
-    )
+    built = reward_terms.build_terms(settings.method, engine.dtype, engine.device, checkpointing, settings.run.seed)
+    terms = tuple(dataclasses.replace(term, score=watch.around("rewards_forward", term.score)) for term in built)
     method = build.build_method(settings, networks, engine.device, terms)
     for role in roles.trains:
         networks.prepare(role, engine.prepare, AdamSettings(1e-8, (0.9, 0.999), 1e-8, 0.0, False))
@@ -161,7 +162,7 @@ def run_ticks(bench: Bench, ticks: Iterator[Any], num_ticks: int, ratio: int) ->
 
 def measure(config: BenchmarkConfig, layout: str, checkpointing: bool) -> dict[str, Any]:
     """One row."""
-    bench = prepare(config, layout, checkpointing)
+    bench = prepare(config, settings_of(config, layout, checkpointing))
     ticks, ratio = bench.feed.ticks(0), config.ratio_update
     run_ticks(bench, ticks, ratio, ratio)
     device = bench.engine.device
@@ -211,6 +212,13 @@ def check_benchmark(config: BenchmarkConfig, layouts: Sequence[str]) -> None:
         raise UserError(
             "--size sdxl needs a CUDA device", "give a small model as --pretrained-model with --size folder"
         )
+    if (
+        config.part == "rewards"
+        and config.size == "folder"
+        and not config.clip_reward_model
+        and not config.hpsv2_reward_model
+    ):
+        raise UserError("--part rewards without a reward model", "give --clip-reward-model or --hpsv2-reward-model")
     for layout in layouts:
         settings_of(config, layout, False)
     Prompts(config.data_path_train)
@@ -226,11 +234,21 @@ def main(arguments: Sequence[str]) -> int:
         if config.size == "sdxl":
             tower = str(random_vit_h_14(Path(folder), DTYPES[config.mixed_precision]))
             config = dataclasses.replace(config, clip_reward_model=tower, hpsv2_reward_model=tower)
-        for layout in layouts:
-            for checkpointing in (False, True):
-                with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:  # so that peak memory is its own
-                    row = fresh.submit(measure, config, layout, checkpointing).result()
-                rows.append(row)
-                print(json.dumps(row), flush=True)
-                write(config, rows)
+        for row in step_rows(config, layouts) if config.part == "step" else reward_rows(config):
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+            write(config, rows)
     return EXIT_DONE
+
+
+def step_rows(config: BenchmarkConfig, layouts: Sequence[str]) -> Iterator[dict[str, Any]]:
+    for layout in layouts:
+        for checkpointing in (False, True):
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:  # so that peak memory is its own
+                yield fresh.submit(measure, config, layout, checkpointing).result()
+
+
+def reward_rows(config: BenchmarkConfig) -> Iterator[dict[str, Any]]:
+    from train_t2i import reward_stage
+
+    return reward_stage.rows(config)

@@ -11,21 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import rewards
 from train_t2i import base_quant
 from train_t2i.adapters import AdapterSpec
 from train_t2i.config import (
-    COLUMN_OF,
     EDIT_FAMILIES,
     Config,
-    DirectConfig,
-    DMDRConfig,
     Settings,
     SFTConfig,
     listed,
     parse_resolution,
     resolved_layout,
-    reward_weights,
 )
 from train_t2i.config_checks import check_acts, check_backend
 from train_t2i.errors import UserError
@@ -197,80 +192,9 @@ def build_method(
     return kind(settings.method, setting)
 
 
-# -- rewards ---------------------------------------------------------------------------------------------------------
-
-
-def reward_files(config: Any) -> dict[str, str]:
-    """Reward name -> its weights file or folder, for the reward models that are on."""
-    if not isinstance(config, DMDRConfig):
-        return {}
-    return {name: path for name, (path, _) in reward_weights(config).items() if path and name in rewards.REWARDS}
-
-
-def check_rewards(config: Any) -> list[str]:
-    """Look at every reward's file, also of those that this run never reaches; lines that say what was found."""
-    if isinstance(config, DMDRConfig) and config.extra_reward:
-        build_extra(config.extra_reward, torch.device("cpu"))
-    files = [(f"reward {name}", name, path) for name, path in reward_files(config).items()]
-    if isinstance(config, DirectConfig) and config.feature_model:
-        files.append(("features", "clip", config.feature_model))
-    try:
-        return [f"{role}: {rewards.inspect_weights(name, path)}" for role, name, path in files]
-    except rewards.RewardError as error:
-        raise UserError(str(error)) from None
-
-
 def check_initial(run: Config) -> None:
     """What a generator starts from is there, told before anything loads."""
     given = {"--generator-init": run.generator_init, "--xl-ode-pretrain-path": run.xl_ode_pretrain_path}
     for name, source in given.items():
         if source is not None and not Path(source).exists():
             raise UserError(f"{name} {source}: no such file or folder", f"give {TAKES}")
-
-
-def semantic_relative(tower: Any, config: DMDRConfig, seed: int) -> rewards.Reward:
-    from rewards.semantic import SemanticRelative
-
-    words = listed(config.srpo_positive), listed(config.srpo_negative)
-    return SemanticRelative(tower, *words, k=config.srpo_k, seed=seed)
-
-
-def build_tower(name: str, path: str, dtype: torch.dtype, device: torch.device, checkpointing: bool) -> Any:
-    try:
-        return rewards.REWARDS[name](path, dtype=dtype, device=device, checkpointing=checkpointing)
-    except rewards.RewardError as error:
-        raise UserError(str(error)) from None
-
-
-def build_extra(spec: str, device: torch.device) -> rewards.Reward:
-    """The reward that is a function of the user's own.  Raises UserError."""
-    try:
-        return rewards.find(spec)(None, device=device)
-    except rewards.RewardError as error:
-        raise UserError(f"--extra-reward {error}") from None
-
-
-def build_features(
-    config: Any, dtype: torch.dtype, device: torch.device, checkpointing: bool
-) -> Callable[[Tensor], Tensor] | None:
-    """What compares the student's images with the teacher's, where a run has it."""
-    if not isinstance(config, DirectConfig) or not config.feature_model:
-        return None
-    return build_tower("clip", config.feature_model, dtype, device, checkpointing).encode_images
-
-
-def build_rewards(
-    config: Any, dtype: torch.dtype, device: torch.device, checkpointing: bool, seed: int
-) -> tuple[RewardTerm, ...]:
-    terms = []
-    for name, path in reward_files(config).items():
-        score = build_tower(name, path, dtype, device, checkpointing)
-        prefix = config.magic_prompt if name == "hpsv2" and not config.srpo else ""
-        if name == "hpsv2" and config.srpo:
-            score = semantic_relative(score, config, seed)
-        _, weight = reward_weights(config)[name]
-        terms.append(RewardTerm(COLUMN_OF.get(name, name), score, weight, config.reward_margin, prefix))
-    if isinstance(config, DMDRConfig) and config.extra_reward:
-        extra = build_extra(config.extra_reward, device)
-        terms.append(RewardTerm("extra", extra, config.reward_extra_weight, config.reward_margin))
-    return tuple(terms)

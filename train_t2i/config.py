@@ -224,32 +224,3 @@ def listed(text: str) -> tuple[str, ...]:
 def any_of(targets: Sequence[str]) -> str:
     """The expression that a layer's whole name matches where its end, from a dot on, matches a target."""
     return rf"(?:.*\.)?(?:{'|'.join(targets)})"
-
-
-COLUMN_OF = {"hpsv2": "hps"}  # reward -> its name in logs and tables, where that is another
-
-
-def reward_weights(method: DMDRConfig) -> dict[str, tuple[str | None, float]]:
-    """Reward name -> (its model or function, which turns it on, and its weight; 0 watches)."""
-    return {
-        "clip": (method.clip_reward_model, method.reward_clip_weight),
-        "hpsv2": (method.hpsv2_reward_model, method.reward_hps_weight),
-        "extra": (method.extra_reward, method.reward_extra_weight),
-    }
-
-
-def reward_paths(option: str, given: str) -> dict[str, str]:
-    """Reward name -> its weights, from a comma list of NAME=PATH.  Raises UserError."""
-    paths: dict[str, str] = {}
-    for entry in listed(given):
-        name, equals, path = entry.partition("=")
-        if not (name and equals and path) or name in paths:
-            told = "is given twice" if name in paths else "is not NAME=PATH"
-            raise UserError(f"{option} {entry}: {told}", "e.g. clip=FOLDER,hpsv2=FILE")
-        paths[name] = path
-    return paths
-
-
-def monitor_paths(method: DMDRConfig) -> dict[str, str]:
-    """Reward name -> its weights, of the rewards that are watched and in no loss.  Raises UserError."""
-    return reward_paths("--monitor-rewards", method.monitor_rewards)

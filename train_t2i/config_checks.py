@@ -17,12 +17,11 @@ from train_t2i.config import (
     any_of,
     fields_of,
     listed,
-    monitor_paths,
     resolved_layout,
-    reward_weights,
 )
 from train_t2i.errors import UserError
 from train_t2i.rates import LOWEST
+from train_t2i.reward_flags import monitor_paths, wanted_rewards
 
 
 def check(settings: Settings) -> None:
@@ -166,16 +165,15 @@ def _check_dmdr(run: Config, method: DMDRConfig) -> None:
         raise UserError("--srpo needs words on both sides", "give --srpo-positive and --srpo-negative")
     _check_draw("gen", method.s_type_gen, method.gen_a)
     _check_draw("gui", method.s_type_gui, method.gui_a)
-    weights = reward_weights(method)
-    on = {name: weight for name, (model, weight) in weights.items() if model}
-    wanted = method.reward_clip_weight > 0 or method.reward_hps_weight > 0  # one's own reward is asked for by name
-    if not on and wanted and method.cold_start_iter < run.max_train_steps:
+    given = wanted_rewards(method)
+    wanted = method.reward_clip_weight > 0 or method.reward_hps_weight > 0
+    if not given and wanted and method.cold_start_iter < run.max_train_steps:
         raise UserError(
             f"rewards begin at step {method.cold_start_iter} but no reward model is given",
             "give --clip-reward-model or --hpsv2-reward-model, or set both reward weights to 0, "
             "or --cold-start-iter to --max-train-steps",
         )
-    if method.dmd_weight == 0 and not any(on.values()):
+    if method.dmd_weight == 0 and not any(one.weight for one in given):
         raise UserError(
             "--dmd-weight 0 without a reward trains nothing", "give a reward model and its weight, or --dmd-weight 1"
         )

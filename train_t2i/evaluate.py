@@ -26,9 +26,10 @@ from typing import TYPE_CHECKING, Any
 
 from train_t2i.choice import IMAGE_LAYOUT_NAMES, ModelChoice
 from train_t2i.cli import parse_verb
-from train_t2i.config import flag, reward_paths
+from train_t2i.config import flag
 from train_t2i.errors import EXIT_DONE, UserError
 from train_t2i.evaluation.table import format_table, markdown, merge_row, read_table, write_text
+from train_t2i.reward_flags import reward_paths
 
 if TYPE_CHECKING:
     from train_t2i.evaluation.candidates import Candidate, Questions

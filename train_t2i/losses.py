@@ -48,5 +48,5 @@ def dmd(x0: Tensor, real: Tensor, fake: Tensor) -> Tensor:
 
 
 def hinge(scores: Tensor, margin: float) -> Tensor:
-    """Scalar: mean relu(margin - score), the ReFL loss of DMDR; linear in the reward until it reaches the margin."""
-    return F.relu(margin - scores.float()).mean()
+    """(B,): relu(margin - score), the ReFL loss of DMDR; linear in the reward until it reaches the margin."""
+    return F.relu(margin - scores.float())

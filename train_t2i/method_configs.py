@@ -37,13 +37,23 @@ class DMDRConfig:
         None, "CLIP reward: weights file (DFN5B ViT-H-14) or tower folder; on iff given"
     )
     hpsv2_reward_model: str | None = flag(None, "HPSv2.1 reward: weights file or tower folder; on iff given")
-    extra_reward: str | None = flag(
-        None, "a reward of your own, MODULE:FUNCTION of (images (B,3,H,W) in [0,1], prompts) -> (B,) with a gradient"
+    extra_rewards: str = flag(
+        "",
+        "more rewards, WEIGHT*NAME=PATH with commas between (pickscore, imagereward, aesthetic, ...), or of your own, "
+        "WEIGHT*MODULE:FUNCTION of (images (B,3,H,W) in [0,1], prompts) -> (B,) with a gradient",
+    )
+    extra_reward_margin: float | None = flag(
+        None, "--extra-rewards above this are not pushed further; not given: no end"
     )
     reward_clip_weight: float = flag(0.3, "weight of the CLIP loss", low=0)
     reward_hps_weight: float = flag(0.3, "weight of the HPS loss", low=0)
-    reward_extra_weight: float = flag(0.3, "weight of the loss of --extra-reward", low=0)
-    reward_margin: float = flag(0.7, "rewards above this are not pushed further")
+    reward_margin: float = flag(0.7, "CLIP and HPS above this are not pushed further")
+    reward_batch_size: int = flag(
+        0,
+        "images that are decoded and scored at a time: the memory of so many, the gradient of all; 0: all",
+        resume="free",
+        low=0,
+    )
     magic_prompt: str = flag("Realistic photo", "words put before the prompt for HPS alone; empty: none")
     srpo: bool = flag(
         False, "HPS scores one wording of the prompt relative to another instead (semantic-relative, SRPO)"

@@ -15,14 +15,16 @@ from torch import Tensor
 
 import rewards
 from rewards.tower import CosineReward
-from train_t2i import build, guard
+from train_t2i import guard
 from train_t2i.checkpoint import RunFolder
-from train_t2i.config import DMDRConfig, Settings, monitor_paths
+from train_t2i.config import DMDRConfig, Settings
 from train_t2i.errors import EXIT_GAMED, UserError
 from train_t2i.guard import Reading, Tolerance
 from train_t2i.image_data import encoded
 from train_t2i.methods import RewardTerm
 from train_t2i.metrics import LEAST_ROWS, recall, spread
+from train_t2i.reward_flags import monitor_paths
+from train_t2i.reward_terms import build_reward, look_at
 from train_t2i.rows import Row, load_rows
 from train_t2i.sheet import SampleSheet
 
@@ -80,16 +82,17 @@ def check(settings: Settings, num_prompts: int) -> tuple[list[str], list[Row]]:
     method = settings.method
     if not isinstance(method, DMDRConfig) or not (paths := monitor_paths(method)):
         return [], []
-    if unknown := [name for name in paths if name not in rewards.REWARDS]:
-        raise UserError(f"--monitor-rewards {unknown[0]}: no such reward", f"known: {', '.join(rewards.REWARDS)}")
+    found = [f"monitor {name}: {look_at('--monitor-rewards', name, path)}" for name, path in paths.items()]
+    first = next(iter(paths))
+    if first not in rewards.TOWERS:
+        raise UserError(
+            f"--monitor-rewards {first}: has no features of images, by which the first says how diverse they are",
+            f"put one of {', '.join(rewards.TOWERS)} first",
+        )
     if settings.run.sample_steps and num_prompts < MIN_PROMPTS:
         raise UserError(
             f"--monitor-rewards: {num_prompts} sample prompts", f"give {MIN_PROMPTS} at least: --batch-size-test"
         )
-    try:
-        found = [f"monitor {name}: {rewards.inspect_weights(name, path)}" for name, path in paths.items()]
-    except rewards.RewardError as error:
-        raise UserError(str(error)) from None
     rows = load_rows(method.monitor_reference) if method.monitor_reference else []
     if method.monitor_reference and len(rows) < LEAST_ROWS:
         raise UserError(
@@ -106,10 +109,8 @@ def build_monitor(
     if not sheet.draws or not isinstance(method, DMDRConfig) or not (paths := monitor_paths(method)):
         return None
     device = sheet.device
-    held_out = {name: build.build_tower(name, path, dtype, device, False) for name, path in paths.items()}
-    first, tower = next(iter(held_out.items()))
-    if not isinstance(tower, CosineReward):
-        raise UserError(f"--monitor-rewards {first}: has no features of images", "put clip or hpsv2 first")
+    held_out = {name: build_reward(name, path, dtype, device, False) for name, path in paths.items()}
+    tower = next(iter(held_out.values()))
     reference = encoded(rows, settings.size_px, tower.encode_images) if rows else None
     return Monitor(sheet, terms, held_out, tower, method.monitor_seeds, reference)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from train_t2i import __version__, build, log, monitor
+from train_t2i import __version__, build, log, monitor, reward_terms
 from train_t2i.checkpoint import RunFolder
 from train_t2i.config import ArcFlowConfig, DMDRConfig, Settings, SFTConfig, listed
 from train_t2i.engine import AdamSettings, Engine
@@ -113,7 +113,7 @@ def prepare(settings: Settings, folder: RunFolder, engine: Engine, stop: StopReq
     if resumed.continues and (gamed := monitor.stop_of(settings, readings_of(resumed.record), folder)):
         raise gamed
     build.check_started(settings, engine.backend_name)
-    found = [*engine.told, *build.check_rewards(settings.method)]
+    found = [*engine.told, *reward_terms.check(settings.method)]
     build.check_initial(cfg)
     data, batch, settings = read_data(settings, folder, engine, resumed)
     asked = sheet_rows(settings, data)
@@ -134,8 +134,8 @@ def prepare(settings: Settings, folder: RunFolder, engine: Engine, stop: StopReq
         autocast=engine.autocast,
     )  # fmt: skip
     towers = engine.dtype, engine.device, cfg.gradient_checkpointing
-    terms = build.build_rewards(settings.method, *towers, cfg.seed)
-    features = build.build_features(settings.method, *towers)
+    terms = reward_terms.build_terms(settings.method, *towers, cfg.seed)
+    features = reward_terms.build_features(settings.method, *towers)
     method = build.build_method(
         settings, networks, engine.device, terms, features=features, calls_need_all=engine.calls_need_all
     )

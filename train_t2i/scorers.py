@@ -15,10 +15,10 @@ from torch import Tensor
 import rewards
 from rewards.user import load_function
 from train_t2i import storage
-from train_t2i.config import COLUMN_OF, reward_paths
 from train_t2i.errors import UserError
 from train_t2i.evaluation.features import Features
 from train_t2i.families.base import Source
+from train_t2i.reward_flags import COLUMN_OF, reward_paths
 from train_t2i.student import default_device
 
 if TYPE_CHECKING:

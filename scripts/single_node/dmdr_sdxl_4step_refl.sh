@@ -8,6 +8,7 @@ source "$(dirname -- "${BASH_SOURCE[0]}")/../sdxl_rewards.sh"
 STAGE_1="${OUTPUT_DIR:-runs}/cold_start_sdxl_4step/checkpoints/torch_units"
 
 four_steps # these rows and those of the sourced file come first
+refl
 #       flag               published                 tiny world
 setting exp-name           dmdr_sdxl_4step_refl
 setting resume-ckpt        "$STAGE_1/step-2000.pt"   "$STAGE_1/step-100.pt"

@@ -51,12 +51,12 @@ class Batch:
 
 @dataclass(frozen=True)
 class RewardTerm:
-    """A reward in the loss: weight x mean relu(margin - score), on prompts with ``prefix`` before them."""
+    """A reward in the loss: weight x mean relu(margin - score), or of -score without a margin, on prompts with ``prefix`` before."""
 
     name: str
     score: Callable[..., Tensor]  # (images, prompts, tick=) -> (B,)
     weight: float
-    margin: float
+    margin: float | None
     prefix: str = ""
 
     def prompts(self, prompts: Sequence[str]) -> list[str]:

@@ -15,12 +15,14 @@ Departures from the paper and its published code:
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from rewards.micro_batches import by_parts
 from train_t2i import losses
 from train_t2i.config import DMDRConfig
 from train_t2i.families.base import Cond
@@ -126,11 +128,25 @@ class DMDR(Method):
             loss = loss + self.config.dmd_weight * loss_dmd
             metrics = {"loss_dmd": loss_dmd.detach(), "score_gap": (fake - real).abs().mean()}
         if self.setting.rewards and clock.step >= self.config.cold_start_iter:
-            images = self.setting.family.decode(x0, fast=True)
-            for term in self.setting.rewards:
-                loss_reward, reported = reward_loss(term, images, rollout.prompts, clock.tick)
-                loss, metrics = loss + clock.reward_scale * term.weight * loss_reward, metrics | reported
+            loss_rewards, reported = self.rewards(x0, rollout.prompts, clock.tick)
+            loss, metrics = loss + clock.reward_scale * loss_rewards, metrics | reported
         return loss, metrics | {"loss": loss.detach()}
+
+    def rewards(self, x0: Tensor, prompts: list[str], tick: int) -> tuple[Tensor, Metrics]:
+        """(B, C, H, W) -> scalar: the weighted losses of all rewards; and what to report.  So many rows at a time are decoded."""
+        reported = defaultdict(list)
+
+        def losses_of(part: Tensor, first: int) -> Tensor:
+            images, total = self.setting.family.decode(part, fast=True), x0.new_zeros(len(part))
+            for term in self.setting.rewards:
+                scores, found = reward_losses(term, images, prompts[first : first + len(part)], tick)
+                total = total + term.weight * found
+                reported[f"reward_{term.name}"].append(scores.detach())
+                reported[f"loss_{term.name}"].append(found.detach())
+            return total
+
+        loss = by_parts(x0, losses_of, self.config.reward_batch_size or len(x0)).mean()
+        return loss, {name: torch.cat(parts).mean() for name, parts in reported.items()}
 
     @torch.no_grad()
     def _scores(self, x0: Tensor, rollout: Rollout, clock: Clock) -> tuple[Tensor, Tensor]:
@@ -157,9 +173,8 @@ class DMDR(Method):
         return sample_student(self.setting, cond, noise, renoise)
 
 
-def reward_loss(term: RewardTerm, images: Tensor, prompts: list[str], tick: int) -> tuple[Tensor, Metrics]:
-    """Scalar hinge loss of one reward and what to report; a weight of 0 watches without a graph."""
+def reward_losses(term: RewardTerm, images: Tensor, prompts: list[str], tick: int) -> tuple[Tensor, Tensor]:
+    """(B,) scores and (B,) losses of one reward; a weight of 0 watches without a graph."""
     with torch.set_grad_enabled(term.weight > 0):
-        scores = term.score(images, term.prompts(prompts), tick=tick)
-        loss = losses.hinge(scores, term.margin)
-    return loss, {f"reward_{term.name}": scores.detach().mean(), f"loss_{term.name}": loss.detach()}
+        scores = term.score(images, term.prompts(prompts), tick=tick).float()
+        return scores, -scores if term.margin is None else losses.hinge(scores, term.margin)

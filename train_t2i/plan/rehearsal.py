@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 import rewards.tower
-from train_t2i import build
+from rewards.semantic import SemanticRelative
+from train_t2i import build, reward_terms
 from train_t2i.base_quant import quantized_layers
-from train_t2i.config import DMDRConfig, Settings, monitor_paths, resolved_layout
+from train_t2i.config import DMDRConfig, Settings, resolved_layout
 from train_t2i.engine import DTYPES
 from train_t2i.families.published import Published
 from train_t2i.methods import METHODS
@@ -23,6 +24,7 @@ from train_t2i.methods.base import Batch, Clock, RewardTerm
 from train_t2i.networks import Networks, Role
 from train_t2i.plan.ledger import Ledger, Peak, like_a_gpu, replaced
 from train_t2i.plan.model import META, empty_family
+from train_t2i.reward_flags import monitor_paths
 
 
 @dataclass(frozen=True)
@@ -78,8 +80,8 @@ def rehearse(settings: Settings, found: Published, *, gradient_share: float, gat
 
 
 def tower_of(score: Any) -> Any:
-    """A reward's tower; a relative reward keeps it inside."""
-    return getattr(score, "tower", score)
+    """The reward that holds the weights."""
+    return score.tower if isinstance(score, SemanticRelative) else score
 
 
 def weight_bytes(net: nn.Module) -> int:
@@ -124,14 +126,11 @@ def _cast(net: nn.Module, dtype: torch.dtype) -> None:
 
 
 def empty_rewards(settings: Settings, dtype: torch.dtype) -> tuple[tuple[RewardTerm, ...], list[Any]]:
-    """(the run's rewards, those it only watches), without weights; of the user's own function nothing is known.
+    """(the run's rewards, those it only watches), without weights: those that are towers.
 
     A file that is not here yet is taken for the published ViT-H-14.
     """
-    method = settings.method
-    if isinstance(method, DMDRConfig):
-        method = replace(method, extra_reward=None)
-    run, resolve = settings.run, rewards.tower.resolve
+    method, run, resolve = settings.method, settings.run, rewards.tower.resolve
 
     def resolved(weights: str, spec: Any) -> Any:
         if Path(weights).expanduser().exists():
@@ -143,9 +142,13 @@ def empty_rewards(settings: Settings, dtype: torch.dtype) -> tuple[tuple[RewardT
         return rewards.tower.empty_model(source, dtype).eval().requires_grad_(False)
 
     with replaced(rewards.tower, "resolve", resolved), replaced(rewards.tower, "load_model", load):
-        terms = build.build_rewards(method, dtype, META, run.gradient_checkpointing, run.seed)
+        terms = reward_terms.build_terms(method, dtype, META, run.gradient_checkpointing, run.seed, only=rewards.TOWERS)
         paths = monitor_paths(method) if isinstance(method, DMDRConfig) else {}
-        return terms, [build.build_tower(name, path, dtype, META, False) for name, path in paths.items()]
+        return terms, [
+            reward_terms.build_reward(name, path, dtype, META, False)
+            for name, path in paths.items()
+            if name in rewards.TOWERS
+        ]
 
 
 def last_tick(settings: Settings) -> Clock:
