@@ -17,6 +17,7 @@ from tiny_runs import refused
 
 from train_t2i.__main__ import main
 from train_t2i.evaluation.side_by_side import SideBySide, drawn_sides
+from train_t2i.families import Source
 from train_t2i.image_layouts import Entry, asked_images
 
 NASTY = '</script><script>document.title = "taken"</script> & "a\' <img src=x onerror=alert(1)>'
@@ -24,11 +25,16 @@ MODELS = ["teacher", NASTY, "third"]
 PROMPTS = 7
 
 
-def write_page(folder, models=MODELS, count=100, prompts=PROMPTS):
-    """A page whose images say by their colour which model made them: red, green, blue."""
+def grey(level, height_px=4):
+    """A source of an edit."""
+    return Source(torch.full((3, height_px, 6), level, dtype=torch.uint8), torch.zeros(3, 2, 2, dtype=torch.uint8))
+
+
+def write_page(folder, models=MODELS, count=100, prompts=PROMPTS, sources=()):
+    """A page whose images say by their colour which model made them: red, green, blue.  ``sources``: of each prompt."""
     page = SideBySide(folder, count, seed=3)
     for number, model in enumerate(models):
-        keep = page.keep(model, prompts)
+        keep = page.keep(model, prompts, sources)
         for asked in asked_images([Entry(f"{NASTY} {i}", "") for i in range(prompts)], 2, 50):
             image = torch.zeros(3, 8, 8)
             image[number] = 0.5 + asked.row / 100
@@ -37,16 +43,22 @@ def write_page(folder, models=MODELS, count=100, prompts=PROMPTS):
 
 
 class Page(HTMLParser):
-    """Tags with their attributes, and the text of each kind of element."""
+    """Tags with their attributes, the text of each kind of element, and the columns [label, images] of each row."""
 
     def __init__(self, text):
         super().__init__()
-        self.tags, self.inside, self.texts = [], [], {}
+        self.tags, self.inside, self.texts, self.rows = [], [], {}, []
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
         self.inside.append(tag)
+        if tag == "article":
+            self.rows.append([])
+        elif self.rows and tag == "figure":
+            self.rows[-1].append(["", []])
+        elif self.rows and tag == "img":
+            self.rows[-1][-1][1].append(dict(attrs)["src"])
 
     def handle_endtag(self, tag):
         while self.inside and self.inside.pop() != tag:
@@ -55,10 +67,13 @@ class Page(HTMLParser):
     def handle_data(self, data):
         if self.inside:
             self.texts.setdefault(self.inside[-1], []).append(data)
+            if self.rows and self.inside[-1] == "figcaption":
+                self.rows[-1][-1][0] += data
 
 
 def test_the_page_is_offline_and_escapes_what_it_shows(tmp_path):
-    path = write_page(tmp_path / "page")
+    path = write_page(tmp_path / "page", sources=[[grey(1)]] * PROMPTS)
+    assert str(tmp_path) not in path.read_text()
     page = Page(path.read_text())
     scripts = page.texts["script"]
     assert len(scripts) == 2
@@ -69,7 +84,7 @@ def test_the_page_is_offline_and_escapes_what_it_shows(tmp_path):
         assert not any(name.startswith("on") for name in attrs), tag
         assert not {"href", "action", "srcset"} & attrs.keys()
         if "src" in attrs:
-            assert re.fullmatch(r"images/\d{5}-\d\.png", attrs["src"])
+            assert re.fullmatch(r"images/\d{5}-(source-)?\d\.png", attrs["src"])
             assert (path.parent / attrs["src"]).is_file()
     policy = next(attrs["content"] for tag, attrs in page.tags if "http-equiv" in attrs)
     for kind, text in (("script-src", scripts[1]), ("style-src", page.texts["style"][0])):
@@ -102,6 +117,48 @@ def test_one_model_is_only_shown(tmp_path):
     page = Page(write_page(tmp_path / "page", ["alone"]).read_text())
     assert "script" not in page.texts
     assert page.texts["figcaption"].count("alone") == PROMPTS
+
+
+def test_the_first_column_of_edits_is_what_they_start_from(tmp_path):
+    """Two sources, none and one: the models stay in their columns."""
+    sources = [[grey(10), grey(200, height_px=8)], [], [grey(30)]]
+    path = write_page(tmp_path / "page", ["a", "b"], prompts=3, sources=sources)
+    page = Page(path.read_text())
+    rows = page.rows
+    assert [row[0] for row in rows] == [
+        ["source", ["images/00000-source-0.png", "images/00000-source-1.png"]],
+        ["", []],
+        ["source", ["images/00002-source-0.png"]],
+    ]
+    assert [row[1:] for row in rows] == [
+        [["a", [f"images/{row:05d}-0.png"]], ["b", [f"images/{row:05d}-1.png"]]] for row in range(3)
+    ]
+    assert ".row { --columns: 3; }" in path.read_text()
+    with Image.open(path.parent / rows[0][0][1][1]) as image:
+        assert (image.size, image.getpixel((0, 0))) == ((6, 8), (200, 200, 200))
+    told = json.loads(page.texts["script"][0])
+    assert [row["sources"] for row in told["rows"]] == [row[0][1] for row in rows]
+    sources[2] = [grey(31)]  # votes on edits of another image are those of another page
+    other = write_page(tmp_path / "other", ["a", "b"], prompts=3, sources=sources)
+    assert json.loads(Page(other.read_text()).texts["script"][0])["sheet"] != told["sheet"]
+
+
+def test_a_page_of_no_edits_has_no_column_of_sources(tmp_path):
+    path = write_page(tmp_path / "page", ["a", "b"], prompts=2)
+    assert [[label for label, _ in row] for row in Page(path.read_text()).rows] == [["a", "b"], ["a", "b"]]
+    assert ".row { --columns: 2; }" in path.read_text()
+
+
+def test_sources_come_from_whichever_model_edits(tmp_path):
+    """A folder of images that stands first has none to show."""
+    page = SideBySide(tmp_path, 10, seed=3)
+    (asked,) = asked_images([Entry("a", "")], 1, 0)
+    for model, sources in (("folder", []), ("run", [[grey(7)]]), ("later", [[grey(8)]])):
+        page.keep(model, 1, sources)(asked, torch.zeros(3, 8, 8))
+    (row,) = page.data()["rows"]
+    assert row["sources"] == ["images/00000-source-0.png"]
+    with Image.open(tmp_path / row["sources"][0]) as image:
+        assert image.getpixel((0, 0)) == (7, 7, 7)
 
 
 def test_evaluate_writes_the_page_once(runs, tmp_path, capsys, prompts_file):
@@ -154,6 +211,19 @@ def opened(browser, tmp_path):
     tab.goto(path.as_uri())
     yield tab, asked
     assert not wrong
+    tab.context.close()
+
+
+def test_a_voter_sees_what_is_edited(browser, tmp_path):
+    path = write_page(tmp_path / "page", ["a", "b"], prompts=2, sources=[[grey(10), grey(20)], []])
+    tab = browser.new_page()
+    tab.goto(path.as_uri())
+    assert tab.is_visible("#edited")
+    tab.wait_for_function("[...document.querySelectorAll('#sources img')].every(image => image.naturalWidth === 6)")
+    shown_now = "[...document.querySelectorAll('#sources img')].map(image => image.getAttribute('src'))"
+    assert tab.evaluate(shown_now) == ["images/00000-source-0.png", "images/00000-source-1.png"]
+    tab.keyboard.press("s")
+    assert not tab.is_visible("#edited")
     tab.context.close()
 
 
@@ -226,7 +296,7 @@ def test_votes_after_the_names_are_kept_apart(opened, tmp_path, capsys):
         model in (tab.get_attribute(f"#{side}", "alt") or "") for model in MODELS for side in ("left", "right")
     )
     tab.click("#tab-names")
-    assert tab.locator("figcaption").first.is_visible()
+    assert tab.locator("#names figcaption").first.is_visible()
     tab.keyboard.press("b")  # a key does nothing here
     tab.click("#tab-vote")
     assert tab.is_visible("#not-blind")
