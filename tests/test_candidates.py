@@ -13,7 +13,7 @@ from tiny_runs import refused
 
 from train_t2i.__main__ import main
 from train_t2i.choice import IMAGE_LAYOUT_NAMES
-from train_t2i.image_layouts import IMAGE_LAYOUTS, STYLES
+from train_t2i.image_layouts import IMAGE_LAYOUTS, STYLES, Entry
 
 TAGS = [
     {"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"},
@@ -68,6 +68,14 @@ def test_hpsv2_finds_its_images(runs, tmp_path, sets):
     ]  # fmt: skip
     with Image.open(out / "images" / "photo" / "00002.jpg") as image:
         assert image.format == "JPEG"
+
+
+def test_a_jpeg_is_written_as_the_documents_say(tmp_path):
+    """At quality 95 without chroma subsampling, byte by byte."""
+    picture = Image.effect_noise((32, 32), 90).convert("RGB")
+    name = IMAGE_LAYOUTS["hpsv2"].write(tmp_path, Entry("a", "photo/00000"), 0, picture)
+    picture.save(tmp_path / "expected.jpg", quality=95, subsampling=0)
+    assert (tmp_path / name).read_bytes() == (tmp_path / "expected.jpg").read_bytes()
 
 
 def test_geneval_finds_its_images(runs, tmp_path, sets):

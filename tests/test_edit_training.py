@@ -86,9 +86,10 @@ def test_an_edit_is_sampled_scored_and_exported(
     one, same = (Image.open(tmp_path / name).tobytes() for name in ("one/00000.png", "four/00001.png"))
     assert one == same
     table_out = tmp_path / "table.json"
-    judge = ["--scorer", "edit_models:brightness", "--out", str(table_out)]
+    judge = ["--scorer", "edit_models:brightness", "--out", str(table_out), "--side-by-side", str(tmp_path / "page")]
     assert main(["evaluate", str(run), "--prompts", str(table), "--count", "4", "--batch-size", "2", *judge]) == 0
     assert -1 < json.loads(table_out.read_text())[0]["adherence"] < 1
+    assert len(list((tmp_path / "page" / "images").glob("00001-source-*.png"))) == 2
 
     out = tmp_path / "pipeline"
     assert main(["export", str(run), "--out", str(out)]) == 0

@@ -84,7 +84,7 @@ def test_a_row_holds_what_was_measured(runs, tmp_path, prompts_file, towers, sco
     assert row["ms_per_image"] > 0
     expected = {"model": "dmdr-4", "network_calls": 4, "count": 7, "seed": 50, "step": 2, "run": str(runs["four"])}
     assert {key: row[key] for key in expected} == expected
-    assert row["scorers"]["magic_prompt"] == "Realistic photo"
+    assert (row["scorers"]["magic_prompt"], row["scorers"]["reference_count"]) == ("Realistic photo", 6)
     assert sorted(row["scorers"]["weights_xxh3"]) == ["clip", "held_out", "hps"]
     assert (tmp_path / "grids" / "dmdr-4.png").is_file()
     seen = torch.cat(sys.modules["own_scorer"].seen)
@@ -136,6 +136,33 @@ def test_reference_features_are_kept_and_follow_their_images(tmp_path, towers, r
     fourth = Scorers(config)
     fourth.features.prepare((32, 32))
     assert torch.equal(third.features.references["held_out"], fourth.features.references["held_out"])
+
+
+def test_the_reference_is_taken_at_the_size_of_each_model(tmp_path, towers, reference):
+    from train_t2i.evaluate import EvaluateConfig
+    from train_t2i.pictures import fit_image
+    from train_t2i.rows import load_rows
+    from train_t2i.scorers import Scorers
+
+    out = str(tmp_path / "table.json")  # features are kept beside it
+    scorers = Scorers(EvaluateConfig(held_out_model=str(towers["clip"]), reference=str(reference), out=out))
+    for height, width in ((32, 32), (16, 32)):
+        scorers.features.prepare((height, width))
+        real = torch.stack([fit_image(row.target, row.place, height, width) for row in load_rows(reference)])
+        expected = scorers.held_out.encode_images(real)
+        torch.testing.assert_close(scorers.features.references["held_out"], expected, rtol=0, atol=1e-5)
+
+
+def test_hps_of_other_words_is_another_score(towers):
+    from train_t2i.evaluate import EvaluateConfig
+    from train_t2i.scorers import Scorers
+
+    paths = {"clip_reward_model": str(towers["clip"]), "hpsv2_reward_model": str(towers["hpsv2"])}
+    plain, worded, same = (
+        Scorers(EvaluateConfig(**paths, magic_prompt=words)) for words in ("", "Realistic photo", "Realistic photo")
+    )
+    assert plain.identity("hps") != worded.identity("hps") == same.identity("hps")
+    assert plain.identity("clip") == worded.identity("clip")
 
 
 def test_a_folder_is_a_reference_as_its_table_is(tmp_path, towers, reference):
@@ -208,36 +235,6 @@ def untrained_inception():
         if tensor.ndim == 4:
             torch.nn.init.kaiming_normal_(tensor)
     return state
-
-
-def test_times_leave_the_warm_up_and_the_rest_out(monkeypatch):
-    from types import SimpleNamespace
-
-    from train_t2i.evaluation import measure
-    from train_t2i.image_layouts import Entry, asked_images
-
-    class Nothing:
-        features = SimpleNamespace(of=lambda images: {})
-
-        def scores(self, images, prompts, sources):
-            return {}
-
-    def timed(model, asked, sources):
-        made.append((len(asked), asked[0].seed))
-        return torch.zeros(len(asked), 3, 2, 2), float(len(made))
-
-    monkeypatch.setattr(measure, "timed_images", timed)
-    for count, makes, batches, seconds in (
-        (7, True, [(2, 0), (2, 2), (2, 4), (1, 6)], [2.0, 3.0]),
-        (2, True, [(2, 0), (2, 0)], [2.0]),
-        (3, True, [(2, 0), (2, 0), (1, 2)], [2.0]),
-        (3, False, [(2, 0), (1, 2)], []),  # images that are there already take no time
-    ):
-        made = []
-        asked = asked_images([Entry("a", "")] * count, 1, 0)
-        kept = measure.make_and_score(SimpleNamespace(makes=makes), asked, Nothing(), 2, "x")
-        assert made == batches
-        assert kept.seconds_per_image == seconds
 
 
 def test_mistakes_of_evaluate(runs, tmp_path, capsys, prompts_file, towers, scorer, reference):

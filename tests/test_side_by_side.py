@@ -1,4 +1,4 @@
-"""The page to vote on: whole, offline, safe; and votes in a real browser, to the win rate."""
+"""The page to vote on: whole, offline, safe; what it shows, on which side."""
 
 from __future__ import annotations
 
@@ -6,17 +6,16 @@ import base64
 import hashlib
 import json
 import re
-import shutil
 from collections import Counter
 from html.parser import HTMLParser
 
-import pytest
 import torch
 from PIL import Image
 from tiny_runs import refused
 
 from train_t2i.__main__ import main
 from train_t2i.evaluation.side_by_side import SideBySide, drawn_sides
+from train_t2i.families import Source
 from train_t2i.image_layouts import Entry, asked_images
 
 NASTY = '</script><script>document.title = "taken"</script> & "a\' <img src=x onerror=alert(1)>'
@@ -24,11 +23,16 @@ MODELS = ["teacher", NASTY, "third"]
 PROMPTS = 7
 
 
-def write_page(folder, models=MODELS, count=100, prompts=PROMPTS):
-    """A page whose images say by their colour which model made them: red, green, blue."""
+def grey(level, height_px=4):
+    """A source of an edit."""
+    return Source(torch.full((3, height_px, 6), level, dtype=torch.uint8), torch.zeros(3, 2, 2, dtype=torch.uint8))
+
+
+def write_page(folder, models=MODELS, count=100, prompts=PROMPTS, sources=()):
+    """A page whose images say by their colour which model made them: red, green, blue.  ``sources``: of each prompt."""
     page = SideBySide(folder, count, seed=3)
     for number, model in enumerate(models):
-        keep = page.keep(model, prompts)
+        keep = page.keep(model, prompts, sources)
         for asked in asked_images([Entry(f"{NASTY} {i}", "") for i in range(prompts)], 2, 50):
             image = torch.zeros(3, 8, 8)
             image[number] = 0.5 + asked.row / 100
@@ -37,16 +41,22 @@ def write_page(folder, models=MODELS, count=100, prompts=PROMPTS):
 
 
 class Page(HTMLParser):
-    """Tags with their attributes, and the text of each kind of element."""
+    """Tags with their attributes, the text of each kind of element, and the columns [label, images] of each row."""
 
     def __init__(self, text):
         super().__init__()
-        self.tags, self.inside, self.texts = [], [], {}
+        self.tags, self.inside, self.texts, self.rows = [], [], {}, []
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
         self.inside.append(tag)
+        if tag == "article":
+            self.rows.append([])
+        elif self.rows and tag == "figure":
+            self.rows[-1].append(["", []])
+        elif self.rows and tag == "img":
+            self.rows[-1][-1][1].append(dict(attrs)["src"])
 
     def handle_endtag(self, tag):
         while self.inside and self.inside.pop() != tag:
@@ -55,10 +65,13 @@ class Page(HTMLParser):
     def handle_data(self, data):
         if self.inside:
             self.texts.setdefault(self.inside[-1], []).append(data)
+            if self.rows and self.inside[-1] == "figcaption":
+                self.rows[-1][-1][0] += data
 
 
 def test_the_page_is_offline_and_escapes_what_it_shows(tmp_path):
-    path = write_page(tmp_path / "page")
+    path = write_page(tmp_path / "page", sources=[[grey(1)]] * PROMPTS)
+    assert str(tmp_path) not in path.read_text()
     page = Page(path.read_text())
     scripts = page.texts["script"]
     assert len(scripts) == 2
@@ -69,7 +82,7 @@ def test_the_page_is_offline_and_escapes_what_it_shows(tmp_path):
         assert not any(name.startswith("on") for name in attrs), tag
         assert not {"href", "action", "srcset"} & attrs.keys()
         if "src" in attrs:
-            assert re.fullmatch(r"images/\d{5}-\d\.png", attrs["src"])
+            assert re.fullmatch(r"images/\d{5}-(source-)?\d\.png", attrs["src"])
             assert (path.parent / attrs["src"]).is_file()
     policy = next(attrs["content"] for tag, attrs in page.tags if "http-equiv" in attrs)
     for kind, text in (("script-src", scripts[1]), ("style-src", page.texts["style"][0])):
@@ -89,6 +102,12 @@ def test_sides_are_drawn_half_and_half():
         assert sides != sorted(sides)
 
 
+def test_a_page_draws_the_sides_of_each_pair_from_its_seed(tmp_path):
+    rows = json.loads(Page(write_page(tmp_path / "page").read_text()).texts["script"][0])["rows"]
+    for pair in ("0-1", "0-2", "1-2"):
+        assert [row["flipped"][pair] for row in rows] == drawn_sides(PROMPTS, f"3 {pair}")
+
+
 def test_what_is_shown_is_spread_over_all_prompts(tmp_path):
     write_page(tmp_path / "page", ["a", "b"], count=4, prompts=40)
     assert sorted(path.name for path in (tmp_path / "page" / "images").iterdir()) == [
@@ -98,10 +117,62 @@ def test_what_is_shown_is_spread_over_all_prompts(tmp_path):
         assert image.getpixel((0, 0)) == (0, 153, 0)  # of the first image of the prompt
 
 
+def test_votes_belong_to_the_images_that_were_shown(tmp_path):
+    (asked,) = asked_images([Entry("a", "")], 1, 0)
+    sheets = []
+    for folder, level in (("page", 0.5), ("again", 0.5), ("other", 0.6)):
+        page = SideBySide(tmp_path / folder, 10, seed=3)
+        page.keep("run", 1)(asked, torch.full((3, 8, 8), level))
+        sheets.append(page.data()["sheet"])
+    assert sheets[0] == sheets[1] != sheets[2]
+
+
 def test_one_model_is_only_shown(tmp_path):
     page = Page(write_page(tmp_path / "page", ["alone"]).read_text())
     assert "script" not in page.texts
     assert page.texts["figcaption"].count("alone") == PROMPTS
+
+
+def test_the_first_column_of_edits_is_what_they_start_from(tmp_path):
+    """Two sources, none and one: the models stay in their columns."""
+    sources = [[grey(10), grey(200, height_px=8)], [], [grey(30)]]
+    path = write_page(tmp_path / "page", ["a", "b"], prompts=3, sources=sources)
+    page = Page(path.read_text())
+    rows = page.rows
+    assert [row[0] for row in rows] == [
+        ["source", ["images/00000-source-0.png", "images/00000-source-1.png"]],
+        ["", []],
+        ["source", ["images/00002-source-0.png"]],
+    ]
+    assert [row[1:] for row in rows] == [
+        [["a", [f"images/{row:05d}-0.png"]], ["b", [f"images/{row:05d}-1.png"]]] for row in range(3)
+    ]
+    assert ".row { --columns: 3; }" in path.read_text()
+    with Image.open(path.parent / rows[0][0][1][1]) as image:
+        assert (image.size, image.getpixel((0, 0))) == ((6, 8), (200, 200, 200))
+    told = json.loads(page.texts["script"][0])
+    assert [row["sources"] for row in told["rows"]] == [row[0][1] for row in rows]
+    sources[2] = [grey(31)]  # votes on edits of another image are those of another page
+    other = write_page(tmp_path / "other", ["a", "b"], prompts=3, sources=sources)
+    assert json.loads(Page(other.read_text()).texts["script"][0])["sheet"] != told["sheet"]
+
+
+def test_a_page_of_no_edits_has_no_column_of_sources(tmp_path):
+    path = write_page(tmp_path / "page", ["a", "b"], prompts=2)
+    assert [[label for label, _ in row] for row in Page(path.read_text()).rows] == [["a", "b"], ["a", "b"]]
+    assert ".row { --columns: 2; }" in path.read_text()
+
+
+def test_sources_come_from_whichever_model_edits(tmp_path):
+    """A folder of images that stands first has none to show."""
+    page = SideBySide(tmp_path, 10, seed=3)
+    (asked,) = asked_images([Entry("a", "")], 1, 0)
+    for model, sources in (("folder", []), ("run", [[grey(7)]]), ("later", [[grey(8)]])):
+        page.keep(model, 1, sources)(asked, torch.zeros(3, 8, 8))
+    (row,) = page.data()["rows"]
+    assert row["sources"] == ["images/00000-source-0.png"]
+    with Image.open(tmp_path / row["sources"][0]) as image:
+        assert image.getpixel((0, 0)) == (7, 7, 7)
 
 
 def test_evaluate_writes_the_page_once(runs, tmp_path, capsys, prompts_file):
@@ -124,118 +195,3 @@ def test_evaluate_writes_the_page_once(runs, tmp_path, capsys, prompts_file):
         (prompt, 1000 + i) for i, prompt in enumerate(prompts_file.read_text().splitlines()[:3])
     ]
     assert "already holds a page" in refused(capsys, *arguments)
-
-
-# -- in a browser ----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def browser():
-    chromium = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
-    if chromium is None:
-        pytest.skip("no Chromium is installed")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as driver:
-        started = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield started
-        started.close()
-
-
-@pytest.fixture
-def opened(browser, tmp_path):
-    """(the page in a new browser, what it asked for, what went wrong)."""
-    path = write_page(tmp_path / "page")
-    tab, asked, wrong = browser.new_page(), [], []
-    tab.on("request", lambda request: asked.append(request.url))
-    tab.on("console", lambda message: wrong.append(message.text))
-    tab.on("pageerror", lambda error: wrong.append(str(error)))
-    tab.on("dialog", lambda dialog: dialog.accept())
-    tab.goto(path.as_uri())
-    yield tab, asked
-    assert not wrong
-    tab.context.close()
-
-
-def shown(tab):
-    """The models on the left and right, by the numbers of their files."""
-    tab.wait_for_function("document.getElementById('left').complete && document.getElementById('right').complete")
-    return [int(re.search(r"-(\d)\.png$", tab.get_attribute(f"#{side}", "src"))[1]) for side in ("left", "right")]
-
-
-def saved(tab, tmp_path, name="votes.json"):
-    with tab.expect_download() as download:
-        tab.click("#download")
-    assert download.value.suggested_filename == "votes.json"
-    download.value.save_as(tmp_path / name)
-    return json.loads((tmp_path / name).read_text())
-
-
-def test_votes_are_cast_by_key_and_counted(opened, tmp_path, capsys):
-    tab, asked = opened
-    assert tab.title() == f"of {NASTY}"
-    sides = []
-    for row in range(PROMPTS):
-        assert tab.inner_text("#prompt") == f"{NASTY} {row}"
-        assert tab.inner_text("#progress") == f"{row} of {PROMPTS} votes"
-        assert tab.evaluate("document.getElementById('left').naturalWidth") == 8
-        left, _ = shown(tab)
-        sides.append(left)
-        # the teacher, model 0, wins five times, wherever it stands; then a tie and a loss
-        wanted = 0 if row < 5 else None if row == 5 else 1
-        tab.keyboard.press("t" if wanted is None else "a" if left == wanted else "b")
-    assert {0, 1} == set(sides)
-    assert tab.is_visible("#finished")
-    votes = saved(tab, tmp_path)
-    assert [vote["choice"] for vote in votes["votes"]].count("tie") == 1
-    assert main(["votes", str(tmp_path / "votes.json"), "--out", str(tmp_path / "rates.json")]) == 0
-    (rate,) = json.loads((tmp_path / "rates.json").read_text())
-    assert (rate["a"], rate["b"]) == ("teacher", NASTY)
-    assert (rate["wins"], rate["ties"], rate["losses"], rate["prompts"]) == (5, 1, 1, 7)
-    assert rate["win_rate"] == pytest.approx(5.5 / 7)
-    assert f"wins {5.5 / 7:.1%}" in capsys.readouterr().out
-    assert all(url.startswith("file://") for url in asked if not url.startswith("blob:"))
-
-
-def test_going_back_skipping_and_coming_again(opened, tmp_path):
-    tab, _ = opened
-    tab.keyboard.press("a")
-    tab.keyboard.press("s")
-    tab.keyboard.press("ArrowRight")
-    tab.keyboard.press("u")
-    assert tab.get_attribute("#choose-right", "aria-pressed") == "true"
-    tab.keyboard.press("ArrowDown")  # thinks again
-    tab.reload()
-    assert tab.inner_text("#progress") == f"2 of {PROMPTS} votes"
-    assert tab.inner_text("#prompt") == f"{NASTY} 1"  # the first that has none
-    for _ in range(PROMPTS - 1):
-        tab.keyboard.press("s")
-    assert tab.inner_text("#skipped") == f"Go through the {PROMPTS - 2} that were skipped"
-    tab.click("#skipped")
-    assert tab.inner_text("#prompt") == f"{NASTY} 1"
-    tab.keyboard.press("Control+a")  # no vote
-    votes = saved(tab, tmp_path)["votes"]
-    assert [(vote["row"], vote["choice"]) for vote in votes] == [(0, "left"), (2, "tie")]
-
-
-def test_votes_after_the_names_are_kept_apart(opened, tmp_path, capsys):
-    tab, _ = opened
-    tab.keyboard.press("a")
-    assert not tab.is_visible("#not-blind")
-    assert not any(
-        model in (tab.get_attribute(f"#{side}", "alt") or "") for model in MODELS for side in ("left", "right")
-    )
-    tab.click("#tab-names")
-    assert tab.locator("figcaption").first.is_visible()
-    tab.keyboard.press("b")  # a key does nothing here
-    tab.click("#tab-vote")
-    assert tab.is_visible("#not-blind")
-    tab.keyboard.press("a")
-    tab.select_option("#pair", "1-2")
-    assert set(shown(tab)) == {1, 2}
-    tab.click("#choose-left")
-    votes = saved(tab, tmp_path)["votes"]
-    assert [vote["blind"] for vote in votes] == [True, False, False]
-    assert {votes[2]["left"], votes[2]["right"]} == {NASTY, "third"}
-    assert main(["votes", str(tmp_path / "votes.json")]) == 0
-    assert "2 votes were cast after the names had been shown: left out" in capsys.readouterr().out

@@ -45,6 +45,9 @@ def test_two_voters_on_one_prompt_are_one_trial(tmp_path):
     other = file(tmp_path / "other.json", vote(0, "a", "b", "right"), sheet="another page")
     (rate,) = win_rates(each for path in (files[0], other) for each in read_votes(str(path)))
     assert (rate.prompts, rate.win_rate) == (6, pytest.approx(5 / 6))
+    once = file(tmp_path / "once.json", vote(5, "a", "b", "right"))
+    (rate,) = win_rates(each for path in (*files, once) for each in read_votes(str(path)))
+    assert rate.win_rate == pytest.approx(5 / 6)  # fifteen votes on five prompts weigh as five
 
 
 def test_mistakes_of_votes(tmp_path, capsys):

@@ -131,7 +131,7 @@ def evaluate_model(
     entries, sources = model.entries(config.questions())
     asked = asked_images(entries, config.samples_per_prompt, config.seed)
     scorers.features.prepare(model.size_px)
-    keep = page.keep(name, len(entries)) if page else None
+    keep = page.keep(name, len(entries), sources) if page else None
     made = measure.make_and_score(model, asked, scorers, config.batch_size, name, sources, keep)
     row, scored = measure.measured(model, name, made, asked, scorers, config.batch_size, sources)
     if config.out:

@@ -56,8 +56,18 @@
     sides(row).forEach((model, side) => {
       at(side ? "right" : "left").src = row.images[model];
     });
+    at("edited").hidden = row.sources.length === 0;
+    at("sources").replaceChildren(...row.sources.map(shownSource));
     const next = data.rows[place + 1];
-    if (next) next.images.forEach((source) => (new Image().src = source));
+    if (next) [...next.sources, ...next.images].forEach((source) => (new Image().src = source));
+  }
+
+  function shownSource(source) {
+    const image = new Image();
+    image.src = source;
+    image.alt = "source";
+    image.className = at("sources").className;
+    return image;
   }
 
   function vote(choice) {
