@@ -7,6 +7,7 @@ a crop costs a quarter; the last steps see whole pictures.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -166,7 +167,9 @@ def train_wide_autoencoder(narrow: AutoencoderKL, world: World, recipe: WideAuto
     return vae
 
 
-def fit_autoencoder(name: str, vae: Any, world: World, recipe: Any) -> None:
+def fit_autoencoder(
+    name: str, vae: Any, world: World, recipe: Any, loss: Callable[..., Tensor] = autoencoder_loss
+) -> None:
     """Crops first, then whole pictures; frozen afterwards."""
     total = recipe.crop_steps + recipe.whole_steps
 
@@ -177,7 +180,7 @@ def fit_autoencoder(name: str, vae: Any, world: World, recipe: Any) -> None:
 
     fit(
         name,
-        lambda part: autoencoder_loss(vae, *part, recipe),
+        lambda part: loss(vae, *part, recipe),
         parts,
         [p for p in vae.parameters() if p.requires_grad],
         total,

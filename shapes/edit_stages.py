@@ -1,6 +1,6 @@
-"""The stages of the tiny Qwen-Image-Edit: an encoder that reads instructions and pictures, and a transformer that edits.
+"""The stages of the tiny Qwen-Image-Edit: an encoder that reads instructions and pictures, an autoencoder, a transformer.
 
-Its autoencoder and the weights that its transformer starts from are those of the tiny Qwen-Image.  The folder is one of
+Autoencoder and transformer start from those of the tiny Qwen-Image.  The folder is one of
 QwenImageEditPlusPipeline; QwenImageEditPipeline takes the same parts.
 """
 
@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from shapes import finetune
+from shapes import qwen_autoencoder as qa
 from shapes.edit_oracle import edit_adherence, untouched
 from shapes.edit_pictures import draw
 from shapes.edit_text import QwenEditTextRecipe, new_processor, train_edit_text
@@ -28,11 +29,12 @@ from shapes.edits import KINDS
 from shapes.flow_models import FlowRecipe, scheduler
 from shapes.flow_stages import found, holder, loaded, part
 from shapes.render import SIDE_PX
-from shapes.stage import Paths, Stage
+from shapes.stage import Paths, Stage, judged, world
 from shapes.tokenizer import new_qwen_edit_tokenizer
 from train_t2i.families.qwen_image_edit import tell_token_types
 
 QWEN_EDIT_TEXT = QwenEditTextRecipe()
+EDIT_AUTOENCODER = qa.RecolouredRecipe()
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,14 @@ class EditRecipe(FlowRecipe):
 
 
 QWEN_EDIT = EditRecipe(
-    "qwen_image_edit_plus", seed=30, width=104, heads=4, layers=4, legs=(4500, 8500), pictures=6000, learning_rate=3e-3
+    "qwen_image_edit_plus",
+    seed=30,
+    width=104,
+    heads=4,
+    layers=4,
+    legs=(4500, 8500, 15000, 19000),
+    pictures=24000,
+    learning_rate=3e-3,
 )
 CFGS = (1.0, 2.0)
 EDITS, STEPS = 210, 25
@@ -55,11 +64,19 @@ def make_edit_text(paths: Paths, run_name: str) -> dict[str, float]:
     return quality
 
 
+def make_edit_autoencoder(paths: Paths, run_name: str) -> dict[str, float]:
+    vae = qa.train_recoloured(found(AutoencoderKLQwenImage, paths, "qwen-autoencoder"), world(paths), EDIT_AUTOENCODER)
+    vae.half().save_pretrained(part(paths, "qwen-edit-autoencoder"))
+    return qa.measure(part(paths, "qwen-edit-autoencoder"), judged(paths)) | {
+        "oracle on edits": edits_kept(vae.float())
+    }
+
+
 def assemble(paths: Paths, folder: Path) -> None:
     """Write the half-precision pipeline folder, its transformer that of the tiny Qwen-Image."""
     tokenizer, start = new_qwen_edit_tokenizer(), paths.flow("qwen_image")
     pipeline = QwenImageEditPlusPipeline(
-        vae=loaded(AutoencoderKLQwenImage, start / "vae"),
+        vae=found(AutoencoderKLQwenImage, paths, "qwen-edit-autoencoder"),
         text_encoder=found(Qwen2_5_VLForConditionalGeneration, paths, "qwen-edit-text"),
         transformer=loaded(QwenImageTransformer2DModel, start / "transformer"),
         tokenizer=tokenizer,
@@ -133,6 +150,15 @@ def editor_quality(folder: Path) -> dict[str, float]:
     return scores
 
 
+def edits_kept(vae: AutoencoderKLQwenImage) -> float:
+    """Share of the held-out edits' own results that the oracle still reads right once they were encoded and decoded."""
+    made = [draw("heldout", 0, index, KINDS) for index in range(EDITS)]
+    sources = [[torch.from_numpy(one).permute(2, 0, 1) / 255 for one in shown] for _, shown, _ in made]
+    targets = torch.stack([torch.from_numpy(target).permute(2, 0, 1) / 255 for _, _, target in made])
+    kept = qa.decode(vae, qa.encode(vae, targets))
+    return edit_adherence(kept, [edit.instruction for edit, _, _ in made], sources).mean().item()
+
+
 def _transformer(paths: Paths) -> Path:
     return paths.flow("qwen_image_edit") / "transformer"
 
@@ -145,5 +171,18 @@ STAGES = (
         functools.partial(holder, name="qwen-edit-text"),
         make_edit_text,
     ),
-    Stage("qwen-image-edit", QWEN_EDIT, ("qwen-image", "qwen-edit-text"), _transformer, make_edit_pipeline),
+    Stage(
+        "qwen-edit-autoencoder",
+        EDIT_AUTOENCODER,
+        ("qwen-autoencoder",),
+        functools.partial(holder, name="qwen-edit-autoencoder"),
+        make_edit_autoencoder,
+    ),
+    Stage(
+        "qwen-image-edit",
+        QWEN_EDIT,
+        ("qwen-image", "qwen-edit-text", "qwen-edit-autoencoder"),
+        _transformer,
+        make_edit_pipeline,
+    ),
 )

@@ -76,6 +76,7 @@ HOLDERS = {  # part -> the committed folder that holds it
     "qwen-autoencoder": ("qwen_image", "vae"),
     "qwen-text": ("qwen_image", "text_encoder"),
     "qwen-edit-text": ("qwen_image_edit", "text_encoder"),
+    "qwen-edit-autoencoder": ("qwen_image_edit", "vae"),
 }
 
 

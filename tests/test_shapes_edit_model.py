@@ -7,15 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import QwenImageEditPipeline, QwenImageEditPlusPipeline
+from diffusers import AutoencoderKLQwenImage, QwenImageEditPipeline, QwenImageEditPlusPipeline
 from diffusers.modular_pipelines.qwenimage import prompt_templates
 from PIL import Image
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 from shapes import edit_codes as codes
 from shapes import edit_rows as er
-from shapes import edit_stages, edits, finetune, scenes
+from shapes import edit_stages, edits, finetune, scenes, world
 from shapes import edit_text as et
+from shapes import qwen_autoencoder as qa
 from shapes.render import COLOUR_RGB
 from shapes.stage import Paths
 from shapes.text_encoders import CLASSES, Heads
@@ -43,6 +44,29 @@ def folder(encoder, tmp_path_factory) -> Path:
     encoder.save_pretrained(edit_stages.part(paths, "qwen-edit-text"))
     edit_stages.assemble(paths, paths.work / "pipeline")
     return paths.work / "pipeline"
+
+
+# ------------------------------------------------------------------ autoencoder
+def test_recoloured_pictures_have_the_channels_of_their_own_in_another_order():
+    x = torch.rand(40, 3, 4, 4)
+    found = qa.recolour(x, 30, torch.Generator().manual_seed(0))
+    assert torch.equal(found[30:], x[30:])
+    orders = [tuple(int(torch.where((x[i] == plane).flatten(1).all(1))[0]) for plane in found[i]) for i in range(30)]
+    assert set(orders) == {(0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)}
+
+
+def test_the_editors_autoencoder_keeps_the_latents_of_pictures_as_they_are():
+    data, moved = world.load_world("train", 0, 8), {}
+    images = data.images(torch.arange(8))
+    for anchor in (0.0, 10.0):
+        recipe = qa.RecolouredRecipe(crop_steps=0, whole_steps=12, batch_size=8, anchor_weight=anchor)
+        vae = edit_stages.loaded(AutoencoderKLQwenImage, CHECKPOINTS / "tiny-qwen-image" / "vae")
+        before = qa.encode(vae, images)
+        qa.train_recoloured(vae, data, recipe)
+        moved[anchor] = float((qa.encode(vae, images) - before).square().mean())
+        assert not any(p.requires_grad for p in vae.parameters())
+        assert torch.equal(vae.quant_conv.bias[qa.CHANNELS :], torch.full((qa.CHANNELS,), -8.0))
+    assert 0 < moved[10.0] < moved[0.0] / 2
 
 
 # ------------------------------------------------------------------ tokenizer
@@ -241,7 +265,7 @@ def test_the_committed_editor_does_what_it_is_told_and_leaves_the_rest_alone(mon
     quality = tomllib.loads((CHECKPOINTS / "manifest.toml").read_text())["tiny"][folder.name]["measured"]
     scores = {float(key.split()[-1]): value for key, value in quality.items() if ": adherence, " in key}
     best = max(scores, key=lambda cfg: scores[cfg])
-    assert scores[best] >= 0.8
+    assert scores[best] >= 0.83
     monkeypatch.setattr(edit_stages, "CFGS", (best,))
     monkeypatch.setattr(edit_stages, "EDITS", 28)
     found = edit_stages.editor_quality(folder)
