@@ -85,7 +85,8 @@ def example(field: dataclasses.Field, kind: type) -> str:
         return "off" if field.default else "on"
     if "int" in str(field.type) or "float" in str(field.type):
         high = limits["high"] if limits["high"] is not None else limits["below"] or float("inf")
-        number = field.default + 1 if field.default + 1 < high else (field.default or high) / 2
+        default = field.default or 0
+        number = default + 1 if default + 1 < high else (default or high) / 2
         return str(int(number) if "int" in str(field.type) else number)
     return {"resolution": "64x32", "report_to": "tensorboard", "config": "absent.yaml"}.get(field.name, "word")
 

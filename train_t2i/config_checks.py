@@ -170,7 +170,7 @@ def _check_dmdr(run: Config, method: DMDRConfig) -> None:
     if not given and wanted and method.cold_start_iter < run.max_train_steps:
         raise UserError(
             f"rewards begin at step {method.cold_start_iter} but no reward model is given",
-            "give --clip-reward-model or --hpsv2-reward-model, or set both reward weights to 0, "
+            "give --clip-reward-model, --hpsv2-reward-model or --extra-rewards, or set both reward weights to 0, "
             "or --cold-start-iter to --max-train-steps",
         )
     if method.dmd_weight == 0 and not any(one.weight for one in given):
