@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Four-step students of the tiny Qwen-Image-Edit: Direct Distillation, then distribution matching from where it ends; both
-# beside the teacher on held-out edits of one source and of two.  Stopped, it goes on where it was.
+# Four-step students of the tiny Qwen-Image-Edit, by Direct Distillation and by distribution matching, each from the teacher's
+# own weights; both beside the teacher on held-out edits of one source and of two.  Stopped, it goes on where it was.
 #
 #   bash scripts/edits.sh                          runs/edits; WORK=DIR for another folder
 set -euo pipefail
