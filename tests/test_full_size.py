@@ -58,7 +58,7 @@ def test_one_step_of_sdxl_with_both_rewards(
     monkeypatch.setattr(Engine, "autocast", lambda self: nullcontext())
     for owner, name in MULTIPLY:
         monkeypatch.setattr(owner, name, wide(getattr(owner, name)))
-    bench = benchmark.prepare(config, "shared", checkpointing=True)
+    bench = benchmark.prepare(config, benchmark.settings_of(config, "shared", checkpointing=True))
     assert sum(p.numel() for p in bench.networks.modules["base"].parameters()) > 2.56e9
     before = {role: [p.detach().clone() for p in bench.networks.parameters(role)] for role in bench.method.trains}
     start = time.perf_counter()
