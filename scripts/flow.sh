@@ -76,7 +76,7 @@ qwen_image() { # STEPS: Qwen-Image at 1024
   setting text-length        512   -
 }
 
-qwen_image_edit() { # STEPS: Qwen-Image-Edit-2509 at 1024; the data is a table of edits (docs/methods.md), whose targets nobody reads
+qwen_image_edit() { # STEPS: Qwen-Image-Edit-2509 at 1024; the data is a table of edits (docs/supervised.md), whose targets nobody reads
   GUIDANCE=4 TEACHER_GUIDANCE=2
   setting pretrained-model   Qwen/Qwen-Image-Edit-2509  "$CHECKPOINTS/tiny-qwen-image-edit"
   setting resolution         1024  64

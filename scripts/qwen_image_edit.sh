@@ -2,7 +2,7 @@
 # The rows that the launchers of supervised Qwen-Image and Qwen-Image-Edit share: all weights, on image-text pairs.  The
 # settings are VideoX-Fun's.  A launcher names a model, then this recipe, then itself; BACKEND=ddp|fsdp2|zero2|zero3.
 #
-# The data is a table of rows (docs/methods.md) beside its images: DATA_PATH_TRAIN=FILE, TRAIN_DATA_DIR=FOLDER.
+# The data is a table of rows (docs/supervised.md) beside its images: DATA_PATH_TRAIN=FILE, TRAIN_DATA_DIR=FOLDER.
 # shellcheck source=scripts/launch.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/launch.sh"
 

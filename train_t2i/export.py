@@ -205,5 +205,5 @@ def main(arguments: Sequence[str]) -> int:
     if model.settings.run.model_family in EDIT_FAMILIES:
         print("its text encoder must be told which tokens are an image's: docs/supervised.md has the three lines")
     if needs_code:
-        print(f"it is sampled with {out}/pipeline.py: docs/methods.md says how to load it")
+        print(f"it is sampled with {out}/pipeline.py: docs/arcflow.md says how to load it")
     return EXIT_DONE
