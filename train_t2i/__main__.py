@@ -19,6 +19,7 @@ VERBS = {
     "export": "a run's generator as a diffusers pipeline",
     "report": "one HTML page and plots from runs",
     "plan": "what a run will take on each device, without one (--model, --num-processes, and the flags of train)",
+    "doctor": "what is here, what a recipe would need, and one line a problem (the flags of plan and train, or none)",
     "benchmark": "seconds and memory of a step, layout by layout",
     "launch": "one training script on several machines over SSH (scripts/multi_node/multi.sh)",
     "fetch": "download weights named in checkpoints/manifest.toml",
