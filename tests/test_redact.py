@@ -134,6 +134,13 @@ def test_a_flag_that_holds_a_secret_is_refused_without_showing_it(canaries, tmp_
         translate([*flags, "--hub_token", "x"], {})
 
 
+def test_a_secret_is_refused_also_in_flags_of_others_that_do_nothing_here(canaries):
+    """They are left out, but stay in the command line, which trackers keep."""
+    given = ["--pretrained_model_name_or_path=a", "--train_data_meta=b", "--output_dir=c", f"--hub_model_id={TOKEN}"]
+    with pytest.raises(UserError, match=r"^--hub_model_id: holds the value of HF_TOKEN"):
+        translate(given, {})
+
+
 def launch(*words: str, **environment: str) -> nodes.Launch:
     script = ["--train-script", "scripts/multi_node/multi.sh", "--remote-dir", str(ROOT), *words]
     return nodes.read(script, {"MASTER_ADDR": "10.0.0.1", "WORKER_NODES": "10.0.0.2", **environment})
@@ -186,15 +193,15 @@ def test_what_a_server_says_is_cleaned_before_it_is_cut(canaries, tmp_path):
 
     from train_t2i import fetch, hub
 
-    def fails(**given: object) -> None:
-        raise OSError("x" * (200 - len(TOKEN) // 2) + TOKEN)
+    def fails(length: int) -> None:
+        raise OSError("x" * (length - len(TOKEN) // 2) + TOKEN)
 
-    canaries.setattr(huggingface_hub, "snapshot_download", fails)
+    canaries.setattr(huggingface_hub, "snapshot_download", lambda **given: fails(200))
     with pytest.raises(UserError, match="cannot be downloaded") as cut:
         fetch.download("name", {"repository": "a/b"}, tmp_path)
     assert "hf_Canary" not in str(cut.value)
     datasets = pytest.importorskip("datasets")
-    canaries.setattr(datasets, "load_dataset", lambda *given, **more: fails())
+    canaries.setattr(datasets, "load_dataset", lambda *given, **more: fails(100))
     with pytest.raises(UserError, match="cannot be loaded") as cut:
         list(hub.prompts(hub.Dataset("a/b")))
     assert "hf_Canary" not in str(cut.value)
