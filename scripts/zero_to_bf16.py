@@ -9,6 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also where the toolkit is not installed
 
+from train_t2i import redact
 from train_t2i.__main__ import main
 from train_t2i.entries import bf16_export
 from train_t2i.errors import told
@@ -22,4 +23,5 @@ def run() -> int:
 
 
 if __name__ == "__main__":
+    redact.guard_streams()
     sys.exit(told(run))

@@ -319,13 +319,17 @@ def summary(tally: Tally, minutes: float, seed: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    made.add_argument("--kills", type=int, default=300)
+    made.add_argument("--seed", type=int, default=0)
+    made.add_argument("--out", type=Path, help="write the summary as JSON")
+    made.add_argument("--root", type=Path, help="folder to work in (default: a temporary one)")
+    return made
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--kills", type=int, default=300)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="write the summary as JSON")
-    parser.add_argument("--root", type=Path, help="folder to work in (default: a temporary one)")
-    given = parser.parse_args()
+    given = parser().parse_args()
     assert train  # everything is imported before the first fork
     root = Path(tempfile.mkdtemp(prefix="chaos-", dir=given.root))
     begun, chaos = time.monotonic(), Chaos(root, random.Random(given.seed))

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from train_t2i import cli
+from train_t2i import redact
 from train_t2i.errors import EXIT_DONE, EXIT_USER, UserError, told
 
 VERBS = {
@@ -19,6 +19,7 @@ VERBS = {
     "export": "a run's generator as a diffusers pipeline",
     "report": "one HTML page and plots from runs",
     "plan": "what a run will take on each device, without one (--model, --num-processes, and the flags of train)",
+    "doctor": "what is here, what a recipe would need, and one line a problem (the flags of plan and train, or none)",
     "benchmark": "seconds and memory of a step, layout by layout",
     "launch": "one training script on several machines over SSH (scripts/multi_node/multi.sh)",
     "fetch": "download weights named in checkpoints/manifest.toml",
@@ -42,10 +43,14 @@ def main(arguments: Sequence[str]) -> int:
 def run(verb: str, arguments: Sequence[str]) -> int:
     if verb not in VERBS:
         raise UserError(f"{verb}: unknown verb", f"one of {', '.join(VERBS)}")
-    if verb == "train" and cli.rehearse(arguments):  # help, mistakes and --dry-run are answered before torch loads
-        return EXIT_DONE
+    if verb == "train":  # help, mistakes and --dry-run are answered before torch loads
+        from train_t2i import cli
+
+        if cli.rehearse(arguments):
+            return EXIT_DONE
     return import_module(f"train_t2i.{verb}").main(arguments)
 
 
 if __name__ == "__main__":
+    redact.guard_streams()
     sys.exit(main(sys.argv[1:]))

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import yaml
 
+from train_t2i import redact
 from train_t2i.config import METHOD_CONFIGS, METHOD_NAMES, Config, Settings, fields_of
 from train_t2i.config_checks import check, check_bounds
 from train_t2i.errors import UserError
@@ -117,6 +118,18 @@ def yaml_arguments(values: dict[str, Any]) -> list[str]:
     return [spelled(f"--{key}={value}") for key, value in values.items() if value is not None]
 
 
+def refuse_secrets(words: Sequence[str]) -> None:
+    """Raises UserError for a word of a command line, or of its YAML file, that holds a secret: flags go into records, into
+    trackers, and into the list of processes."""
+    for before, word in zip(("", *words), words):
+        if kind := redact.secret_in(word):
+            name = word.partition("=")[0] if word.startswith("-") else before
+            raise UserError(
+                f"{name}: holds {kind}, and what a flag holds is written down in many places",
+                "leave it out: log in with `hf auth login` or `wandb login`, or set HF_TOKEN or WANDB_API_KEY",
+            )
+
+
 def parse(arguments: Sequence[str]) -> Settings:
     """Command line (without the verb) -> checked Settings."""
     given = [spelled(argument) for argument in arguments]
@@ -126,6 +139,7 @@ def parse(arguments: Sequence[str]) -> Settings:
     early, _ = first.parse_known_args([a for a in given if a not in ("-h", "--help")])
     from_file = yaml_arguments(read_yaml(early.config)) if early.config else []
     early_file, _ = first.parse_known_args(from_file)
+    refuse_secrets([*from_file, *given])
     method = early.method or early_file.method or "dmdr"
     if method not in METHOD_NAMES:
         raise UserError(f"--method {method}: unknown", f"one of {', '.join(METHOD_NAMES)}")
@@ -181,7 +195,11 @@ def parse_verb(kind: type, verb: str, arguments: Sequence[str]) -> Any:
             "standing", nargs="*", metavar=STANDING[bare].upper(), help=f"the same as --{STANDING[bare]}"
         )
     add_flags(parser, kind, "flags")
-    values = vars(parser.parse_intermixed_args([spelled(argument, aliases) for argument in arguments]))
+    refuse_secrets(arguments)
+    namespace, unknown = parser.parse_known_intermixed_args([spelled(argument, aliases) for argument in arguments])
+    if unknown:  # its value may be a secret
+        raise UserError(f"{unknown[0].partition('=')[0]}: unknown flag", f"see python -m train_t2i {verb} --help")
+    values = vars(namespace)
     standing = tuple(values.pop("standing", None) or ())
     for field in dataclasses.fields(kind):
         if field.name in values and isinstance(values[field.name], list):

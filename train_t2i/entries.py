@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from train_t2i.cli import Parser, parse_bool, spelled
+from train_t2i.cli import Parser, parse_bool, refuse_secrets, spelled
 from train_t2i.config import EDIT_FAMILIES, fields_of
 from train_t2i.errors import UserError
 
@@ -88,7 +88,7 @@ DEAD = {
     **dict.fromkeys(
         (
             "input_perturbation", "max_train_samples", "random_flip", "cache_dir", "prediction_type", "noise_offset",
-            "snr_loss", "push_to_hub", "hub_model_id", "hub_token", "config_path", "tokenizer_max_length", "variant",
+            "snr_loss", "push_to_hub", "hub_model_id", "config_path", "tokenizer_max_length", "variant",
             "non_ema_revision", "revision", "enable_text_encoder_in_dataloader",
         ),
         NOTHING_THERE,
@@ -100,6 +100,7 @@ DEAD = {
 }  # fmt: skip
 # theirs -> the way out
 REFUSED = {
+    "hub_token": "log in with `hf auth login`, or set HF_TOKEN: flags are written down in many places",
     "low_vram": "leave it out: --gradient_checkpointing, --use_8bit_adam and FSDP save memory",
     "random_ratio_crop": "leave it out: --enable_bucket keeps images whole",
     "fix_sample_size": "give --image_sample_size WIDTHxHEIGHT without --enable_bucket: images are cut to it, not distorted",
@@ -130,6 +131,7 @@ def make_parser() -> Parser:
 
 def translate(arguments: Sequence[str], environ: Mapping[str, str]) -> tuple[list[str], list[str]]:
     """(arguments of the verb ``train``, lines to tell) of a command line of train_edit.py.  Raises UserError."""
+    refuse_secrets(arguments)
     known, rest = make_parser().parse_known_args([spelled(argument, {}) for argument in arguments])
     given = {name: value for name, value in vars(known).items() if value is not None}
     _refuse(given, rest)

@@ -3,6 +3,8 @@
 import sys
 from collections.abc import Callable
 
+from train_t2i import redact
+
 EXIT_DONE = 0
 EXIT_USER = 2  # the user's mistake, corrupt input included
 EXIT_NON_FINITE = 4
@@ -18,12 +20,13 @@ class UserError(Exception):
     """Something a person can put right: one line that names the file, line or flag, and the way out.
 
     The programs print ``error: MESSAGE`` and ``hint: HINT`` and leave with ``exit_code``, without a traceback.
+    Secrets are taken out: it may hold what a library or a server said.
     """
 
     def __init__(self, message: str, hint: str = "", exit_code: int = EXIT_USER) -> None:
         super().__init__(message)
-        self.message = " ".join(str(message).split())
-        self.hint = " ".join(hint.split())
+        self.message = redact.clean(" ".join(str(message).split()))
+        self.hint = redact.clean(" ".join(hint.split()))
         self.exit_code = exit_code
 
     def __str__(self) -> str:

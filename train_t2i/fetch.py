@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from train_t2i import redact
 from train_t2i.cli import parse_verb
 from train_t2i.config import flag
 from train_t2i.errors import EXIT_DISK, EXIT_DONE, UserError
@@ -137,7 +138,7 @@ def download(name: str, entry: Mapping[str, Any], staging: Path) -> Path:
     except (HfHubHTTPError, httpx.HTTPError, OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno in (28, 122):  # ENOSPC, EDQUOT
             raise UserError(f"{staging}: {error.strerror}", "make room and run the same command", EXIT_DISK) from None
-        said = re.sub(r"\s+", " ", str(error)).strip()[:200]
+        said = re.sub(r"\s+", " ", redact.clean(str(error))).strip()[:200]
         raise UserError(
             f"{name}: cannot be downloaded from {entry['repository']} ({type(error).__name__}: {said})",
             "check the connection (and `hf auth login` where a licence must be accepted), then run the same command",

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from train_t2i import redact
 from train_t2i.errors import UserError
 from train_t2i.tables import PROMPT_COLUMNS, clean, short
 
@@ -74,7 +75,7 @@ def _load(dataset: Dataset) -> Any:
     try:
         return datasets.load_dataset(dataset.name, split=dataset.split)
     except Exception as error:  # whatever the hub, the network or a stranger's files make it raise
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        first = (redact.clean(str(error)).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
             f"{dataset}: cannot be loaded ({type(error).__name__}: {short(first)})",
             "check its name and the network; for a local file, check the path",

@@ -25,6 +25,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from train_t2i import redact
 from train_t2i.errors import UserError
 
 LOSS_FILES = {
@@ -121,6 +122,7 @@ class RunLog:
         """One line for people: on the terminal and in log.txt."""
         if not self.is_main:
             return
+        text = redact.clean(text)
         tqdm.write(text, file=sys.stderr)
         with open(self.root / "log.txt", "a", encoding="utf-8") as file:
             file.write(f"{datetime.now().isoformat(timespec='seconds')} {text}\n")
@@ -213,6 +215,7 @@ class Wandb(Tracker):
     def __init__(self, root: Path, settings: Mapping[str, Any], run_id: str) -> None:
         import wandb
 
+        redact.guard_streams()  # wandb has just begun to keep what is written to the terminal: it gets it cleaned
         folder = root / "trackers"
         folder.mkdir(parents=True, exist_ok=True)
         self.wandb = wandb

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from train_t2i import __version__, build, log, monitor, reward_terms
+from train_t2i import __version__, build, log, monitor, redact, reward_terms
 from train_t2i.checkpoint import RunFolder
 from train_t2i.config import ArcFlowConfig, DMDRConfig, Settings, SFTConfig, listed
 from train_t2i.engine import AdamSettings, Engine
@@ -241,7 +241,9 @@ def tracker_id(root: Path) -> str:
 
 
 def public_settings(settings: Settings) -> dict[str, Any]:
-    return {**settings.as_dict(), "layout": build.resolved_layout(settings.run), "code_version": __version__}
+    """What args.json and trackers show."""
+    shown = {**settings.as_dict(), "layout": build.resolved_layout(settings.run), "code_version": __version__}
+    return redact.clean_values(shown)
 
 
 def announce(run: Run, resume_from: Path | None, lines: Sequence[str]) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from train_t2i import redact
 from train_t2i.config import METHOD_NAMES, fields_of
 from train_t2i.report_data import RunStory, Sheet, thin
 from train_t2i.report_plots import colour_of
@@ -72,7 +73,8 @@ class Table:
 
 
 def esc(value: Any) -> str:
-    return html.escape(str(value), quote=True)
+    """For a page that may be shown to anybody: runs of older versions may hold secrets."""
+    return html.escape(redact.clean(str(value)), quote=True)
 
 
 def embedded(path: Path, max_width_px: int = 0) -> tuple[str, int]:

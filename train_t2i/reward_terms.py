@@ -23,12 +23,17 @@ def wanted_by(config: Any) -> tuple[WantedReward, ...]:
     return wanted_rewards(config) if isinstance(config, DMDRConfig) else ()
 
 
-def check(config: Any) -> list[str]:
-    """Look at every reward's file, also of those that this run never reaches; lines that say what was found."""
+def asked_for(config: Any) -> list[tuple[str, str, str | None]]:
+    """(what it is for, the reward, its weights) of every reward model that a method builds.  Raises UserError."""
     asked = [(f"reward {one.column}", one.reward, one.path) for one in wanted_by(config)]
     if isinstance(config, DirectConfig) and config.feature_model:
         asked.append(("features", FEATURES, config.feature_model))
-    return [f"{role}: {look_at('--extra-rewards', name, path)}" for role, name, path in asked]
+    return asked
+
+
+def check(config: Any) -> list[str]:
+    """Look at every reward's file, also of those that this run never reaches; lines that say what was found."""
+    return [f"{role}: {look_at('--extra-rewards', name, path)}" for role, name, path in asked_for(config)]
 
 
 def look_at(option: str, name: str, path: str | None) -> rewards.WeightsReport:

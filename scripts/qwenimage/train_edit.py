@@ -13,6 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # also where the toolkit is not installed
 
+from train_t2i import redact
 from train_t2i.__main__ import main
 from train_t2i.entries import translate
 from train_t2i.errors import told
@@ -27,4 +28,5 @@ def run() -> int:
 
 
 if __name__ == "__main__":
+    redact.guard_streams()
     sys.exit(told(run))

@@ -11,6 +11,7 @@ import torch
 from diffusers import AutoencoderTiny
 from safetensors import SafetensorError
 
+from train_t2i import redact
 from train_t2i.errors import UserError
 
 # what loaders raise
@@ -23,7 +24,7 @@ def told(source: str, flag: str, takes: str = "a hub id or a diffusers pipeline 
     try:
         yield
     except ERRORS as error:
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        first_line = (redact.clean(str(error)).strip() or type(error).__name__).splitlines()[0][:300]
         if "meta tensor" in first_line:  # what diffusers leaves where a file has no weight
             first_line = "some of its weights are missing"
         raise UserError(f"{flag} {source}: cannot be loaded ({first_line})", f"give {takes}") from error

@@ -2,8 +2,10 @@
 
 import sys
 
+from train_t2i import redact
 from train_t2i.errors import told
 from train_t2i.launch import main
 
 if __name__ == "__main__":
+    redact.guard_streams()
     sys.exit(told(lambda: main(sys.argv[1:])))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+from train_t2i import redact
 from train_t2i.errors import UserError
 
 HERE = Path(__file__).resolve().parents[1]  # train_t2i
@@ -34,7 +35,6 @@ SETTINGS = {
 }
 OTHER_SPELLINGS = {"SSH_USER": ["--user"]}
 TRAVELS = re.compile(r"(NCCL|GLOO|OMP)_[A-Za-z0-9_]+|WANDB_MODE|BACKEND|TINY|HF_HUB_OFFLINE|ACCELERATE_USE_CPU")
-SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
 HOST = re.compile(r"(?:([A-Za-z_][A-Za-z0-9._-]*)@)?([A-Za-z0-9][A-Za-z0-9._:-]*)")
 
 
@@ -116,10 +116,28 @@ def read(arguments: Sequence[str], environment: Mapping[str, str]) -> Launch:
     for name, (default, _) in SETTINGS.items():
         of_flag = getattr(known, name)
         values[name] = of_flag if of_flag is not None else environment.get(name) or file.get(name) or default
-    travels = {n: v for n, v in {**file, **environment}.items() if TRAVELS.fullmatch(n) and not SECRET.search(n)}
+    travels = {n: v for n, v in {**file, **environment}.items() if may_travel(n)}
     if values["BACKEND"]:
         travels["BACKEND"] = values["BACKEND"]
+    refuse_secrets(travels, flags)
     return checked(values, dict(sorted(travels.items())), tuple(flags), known.dry_run)
+
+
+def may_travel(variable: str) -> bool:
+    """Whether a variable goes to every node, which shows it in command lines and logs."""
+    return TRAVELS.fullmatch(variable) is not None and not redact.named(variable)
+
+
+def refuse_secrets(travels: Mapping[str, str], flags: Sequence[str]) -> None:
+    """Raises UserError: all of it stands in the command lines of every node, and ``--dry-run`` prints it."""
+    shown = [*travels.items(), *zip(("", *flags), flags)]
+    for name, value in shown:
+        if kind := redact.secret_in(value):
+            told = value.partition("=")[0] if value.startswith("-") else name
+            raise UserError(
+                f"{told}: holds {kind}, and what goes to every node stands in its command lines and logs",
+                "leave it out, and set it in each machine's own environment",
+            )
 
 
 def read_env_file(path: str) -> dict[str, str]:
@@ -133,7 +151,7 @@ def read_env_file(path: str) -> dict[str, str]:
         name, equals, value = line.strip().removeprefix("export ").partition("=")
         if not name or name.startswith("#"):
             continue
-        known = name in SETTINGS or (TRAVELS.fullmatch(name) and not SECRET.search(name))
+        known = name in SETTINGS or may_travel(name)
         if not equals or not known:
             raise UserError(
                 f"--env-file {path}, line {number}: {name.split()[0]} is no setting of a launch",

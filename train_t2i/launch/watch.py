@@ -14,6 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import BinaryIO
 
+from train_t2i import redact
 from train_t2i.errors import UserError
 from train_t2i.launch import command
 from train_t2i.launch.nodes import Launch, Node
@@ -67,7 +68,8 @@ class Member:
 
     def _read(self) -> None:
         prefix = f"[{self.node.rank} {self.node.host}] ".encode()
-        for line in iter(lambda: self._said.readline(LINE_BYTES), b""):
+        for said in iter(lambda: self._said.readline(LINE_BYTES), b""):
+            line = redact.clean_bytes(said)
             with contextlib.suppress(OSError):  # a full disk here; the run goes on
                 self._out.write(line)
                 self._out.flush()

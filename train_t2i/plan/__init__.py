@@ -8,8 +8,8 @@ No weights are needed: the published models' shapes are known, and a local folde
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
 
 from train_t2i.cli import ALIASES, Parser, add_flags, parse, spelled
 from train_t2i.config import EDIT_FAMILIES, Settings, flag, resolved_layout, source_counts
@@ -35,20 +35,29 @@ class PlanConfig:
     num_processes: int = flag(1, "processes in all, one a device", low=1)
 
 
-def parse_plan(arguments: Sequence[str]) -> tuple[PlanConfig, Settings]:
-    """``--family`` is short for ``--model-family``; without a launcher, a backend that is not named is ddp."""
-    parser = Parser(prog="python -m train_t2i plan", description=PlanConfig.__doc__, allow_abbrev=False)
-    add_flags(parser, PlanConfig, "flags")
+def split(kind: type, verb: str, arguments: Sequence[str]) -> tuple[Any, list[str]]:
+    """(a verb's own flags, those of train).  ``--family`` is short for ``--model-family``.  Raises UserError."""
+    parser = Parser(prog=f"python -m train_t2i {verb}", description=kind.__doc__, allow_abbrev=False)
+    add_flags(parser, kind, "flags")
     given = [spelled(argument, {**ALIASES, "family": "model_family"}) for argument in arguments]
     own, rest = parser.parse_known_args(given)
-    for name, value in vars(own).items():
-        if value is not None:
-            field = PlanConfig.__dataclass_fields__[name]
-            check_bounds("--" + name.replace("_", "-"), value, field.metadata)
+    for field in fields(kind):
+        if getattr(own, field.name, None) is not None:
+            check_bounds("--" + field.name.replace("_", "-"), getattr(own, field.name), field.metadata)
+    return kind(**vars(own)), rest
+
+
+def planned(rest: Sequence[str]) -> Settings:
+    """The run that is planned: without a launcher, a backend that is not named is ddp.  Raises UserError."""
     settings = parse(rest)
     if settings.run.backend == "auto":
         settings = replace(settings, run=replace(settings.run, backend="ddp"))
-    return PlanConfig(**vars(own)), settings
+    return settings
+
+
+def parse_plan(arguments: Sequence[str]) -> tuple[PlanConfig, Settings]:
+    config, rest = split(PlanConfig, "plan", arguments)
+    return config, planned(rest)
 
 
 def main(arguments: Sequence[str]) -> int:
