@@ -17,6 +17,7 @@ import tiny
 import tiny_runs
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.utils import convert_unet_state_dict_to_peft
 from flow_models import FAMILIES as FLOW
 from flow_models import save_flow
 from safetensors import safe_open
@@ -30,6 +31,7 @@ from train_t2i.export.denoiser import merge_adapters
 from train_t2i.export.kohya import Factors, kohya_state
 from train_t2i.export.lora import check_alone
 from train_t2i.families import load_family
+from train_t2i.families.sdxl_file import UNET
 from train_t2i.student import load_student
 
 FAMILIES = ("sdxl", *FLOW)
@@ -185,6 +187,25 @@ def test_diffusers_reads_kohyas_names(run: Any, tmp_path: Path) -> None:
         f"transformer.{name}.lora_{x}.weight": t for name, f in factors.items() for x, t in (("A", f.down), ("B", f.up))
     }
     assert tiny_runs.equal(state, expected)
+
+
+def test_diffusers_knows_every_layer_of_sdxl_by_the_name_that_kohya_gives_it() -> None:
+    """The published architecture, all that can have a LoRA."""
+    with torch.device("meta"):
+        net = diffusers.UNet2DConditionModel.from_config(UNET)
+    names = {name for name, layer in net.named_modules() if isinstance(layer, (nn.Linear, nn.Conv2d))}
+    state = kohya_state("sdxl", net, {name: Factors(torch.ones(1, 1), torch.ones(1, 1)) for name in names})
+    assert {
+        f"lora_unet_{name}.alpha" for name in ("input_blocks_4_1_proj_in", "output_blocks_5_2_conv", "out_2")
+    } < set(state)
+    read, alphas = diffusers.StableDiffusionXLPipeline.lora_state_dict(state, unet_config=net.config)
+    found = {
+        key.removeprefix("unet.").split(".lora_A")[0]
+        for key in convert_unet_state_dict_to_peft(read)
+        if ".lora_A" in key
+    }
+    assert found == names
+    assert len(alphas) == len(names) > 700
 
 
 def test_a_part_without_a_lora_adds_nothing(models: dict[str, Path]) -> None:

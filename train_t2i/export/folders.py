@@ -56,7 +56,7 @@ def stamp(file: Path, said: Mapping[str, str]) -> None:
         header = json.loads(old.read(length))
         digest = hashlib.file_digest(old, "sha256").hexdigest()
         metadata = header.pop("__metadata__", {}) | said | {"modelspec.hash_sha256": f"0x{digest}"}
-        text = json.dumps({"__metadata__": dict(sorted(metadata.items())), **header}).encode()
+        text = json.dumps({"__metadata__": metadata, **header}).encode()
         text += b" " * (-len(text) % ALIGNMENT)
         new.write(len(text).to_bytes(LENGTH_BYTES, "little") + text)
         old.seek(LENGTH_BYTES + length)

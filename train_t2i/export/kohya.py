@@ -129,7 +129,7 @@ def _sgm(name: str, config: Any) -> str | None:
     patterns: dict[str, Callable[[re.Match[str]], str]] = {
         r"down_blocks\.(\d+)\.(\w+)\.(\d+)\.(.+)": lambda m: _down(m, config.layers_per_block),
         r"mid_block\.(\w+)\.(\d+)\.(.+)": _middle,
-        r"up_blocks\.(\d+)\.(\w+)\.(\d+)\.(.+)": lambda m: _up(m, config.layers_per_block, config.up_block_types),
+        r"up_blocks\.(\d+)\.(\w+)\.(\d+)\.(.+)": lambda m: _up(m, config.layers_per_block),
     }
     for pattern, written in patterns.items():
         if match := re.fullmatch(pattern, name):
@@ -155,10 +155,10 @@ def _middle(match: re.Match[str]) -> str:
     return f"middle_block.{1 if kind == 'attentions' else 2 * at}.{_inside(kind, rest)}"
 
 
-def _up(match: re.Match[str], layers: int, kinds: Sequence[str]) -> str:
-    """One layer more than on the way down; the doubling is the last thing in the last of them."""
+def _up(match: re.Match[str], layers: int) -> str:
+    """One layer more than on the way down; the doubling (2) is the last thing in the last of them."""
     block, kind, at, rest = int(match[1]), match[2], int(match[3]), match[4]
     first = block * (layers + 1)
     if kind == "upsamplers":
-        return f"output_blocks.{first + layers}.{1 + ('CrossAttn' in kinds[block])}.{rest}"
+        return f"output_blocks.{first + layers}.2.{rest}"
     return f"output_blocks.{first + at}.{int(kind == 'attentions')}.{_inside(kind, rest)}"
