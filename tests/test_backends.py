@@ -65,6 +65,7 @@ CASES = {
     ),
 }
 LAUNCHER = {"fsdp2": "fsdp_flags", "zero2": "zero_stage2_file", "zero3": "zero_stage3_file"}
+LOADED = ("paired", "shared")  # all weights, a LoRA
 RESUMED = ("shared", "eight_bit", "arcflow")  # fmt: skip
 
 
@@ -109,8 +110,9 @@ class World:
         for case in ("shared", "eight_bit"):
             moved = stopped_at(self.alone(case), 1, f"{case}-moved")
             plans.append(Plan(moved.name, [*self.arguments(case, moved.name, 1), *self.moved_flags()]))
-        copy = stopped_at(self.alone("paired"), 1, "loaded")
-        plans.append(Plan(copy.name, [*self.arguments("paired", copy.name, 1), *self.moved_flags()], "saved_again"))
+        for case in LOADED:
+            copy = stopped_at(self.alone(case), 1, f"{case}-loaded")
+            plans.append(Plan(copy.name, [*self.arguments(case, copy.name, 1), *self.moved_flags()], "saved_again"))
         for layout, lora in LAYOUTS_COUNTED[self.backend].items():
             flags = f"--layout {layout} {lora} --backend {self.backend} --batch-size 1"
             plans.append(Plan(f"{layout}-counted", self.trainer.arguments(f"{layout}-counted", flags), "counted"))
@@ -243,9 +245,24 @@ def test_a_run_of_here_goes_on_in_one_process(world, case):
             torch.testing.assert_close(mine["accelerator_1/model.safetensors"][key], tensor, rtol=0, atol=2e-4)
 
 
-def test_what_is_loaded_is_what_is_saved(world):
+@pytest.mark.parametrize("case", LOADED)
+def test_what_is_loaded_is_what_is_saved(world, case):
     """Weights, optimizer states and exports of a checkpoint of one process, through this backend and out again."""
-    tiny.assert_same_checkpoint(world.alone("paired"), world.root / "loaded-again", 1)
+    tiny.assert_same_checkpoint(world.alone(case), world.root / f"{case}-loaded-again", 1)
+
+
+@pytest.mark.parametrize(
+    ("case", "to"), [("paired", "pipeline"), ("paired", "merged"), ("shared", "lora"), ("shared", "kohya")]
+)
+def test_what_is_exported_is_the_same_files(world, tmp_path, case, to):
+    """To the last byte, headers and their digests included: those of the one process."""
+    from train_t2i.__main__ import main
+
+    for name, run in (("alone", world.alone(case)), ("again", world.root / f"{case}-loaded-again")):
+        assert main(["export", str(run), "--step", "1", "--to", to, "--out", str(tmp_path / name)]) == 0
+    files = [file.relative_to(tmp_path / "alone") for file in (tmp_path / "alone").rglob("*") if file.is_file()]
+    assert any(file.suffix == ".safetensors" for file in files)
+    assert all((tmp_path / "alone" / file).read_bytes() == (tmp_path / "again" / file).read_bytes() for file in files)
 
 
 def test_exports_are_peft_adapters_with_the_same_keys(world):

@@ -166,7 +166,8 @@ def test_what_is_quantised_is_what_nothing_trains(layout: str, folders: dict[str
 # -- runs ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_goes_on_bit_for_bit_and_its_student_stands_on_the_whole_base(trainer: Any) -> None:
+def test_a_run_goes_on_bit_for_bit_and_its_student_stands_on_the_whole_base(trainer: Any, sdxl_folder: Path) -> None:
+    from train_t2i.__main__ import main
     from train_t2i.student import load_student
 
     flags = "--use-lora-gen --base-quant nf4 --gradient-checkpointing --checkpoint-steps 1 --max-train-steps"
@@ -182,6 +183,16 @@ def test_a_run_goes_on_bit_for_bit_and_its_student_stands_on_the_whole_base(trai
     lora = {k.removeprefix("base_model.model."): v for k, v in exported[0].items()}
     held = {k.replace(".generator.", "."): p for k, p in model.network.named_parameters() if ".generator." in k}
     assert all(torch.equal(held[key], lora[key]) for key in lora)
+    out = whole / "merged"
+    assert main(["export", str(whole), "--to", "merged", "--out", str(out)]) == 0
+    base = load_family("auto", str(sdxl_folder)).load(torch.float32).state_dict()
+    merged = load_file(out / "unet" / "diffusion_pytorch_model.safetensors")
+    for key, weight in base.items():
+        stem = key.removesuffix(".weight")
+        if (up := lora.get(f"{stem}.lora_B.weight")) is not None:  # alpha is twice the rank
+            added = 2 * up.flatten(1) @ lora[f"{stem}.lora_A.weight"].flatten(1)
+            weight = weight + added.reshape(weight.shape)
+        torch.testing.assert_close(merged[key], weight, rtol=0, atol=1e-6, msg=key)
 
 
 def test_what_cannot_be_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

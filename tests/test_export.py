@@ -7,6 +7,7 @@ import json
 import shlex
 
 import pytest
+import stock
 import tiny_runs
 import torch
 
@@ -41,26 +42,9 @@ def stock_pipeline(folder, **options):
     return pipe
 
 
-def stock_images(pipe, model, num_steps, monkeypatch, **call):
-    """(images, times at the network's input) of a stock call with the noises that our own sampler takes."""
-    import diffusers.schedulers.scheduling_lcm as lcm
-
-    from train_t2i.randomness import seeded_noise
-    from train_t2i.student import RENOISE_OFFSET
-
-    times, step = [], iter(range(1, num_steps))
-    pipe.unet.register_forward_pre_hook(lambda module, given, named: times.append(float(given[1])), with_kwargs=True)
-
-    def renoise(shape, **options):
-        i = next(step)
-        return seeded_noise([seed + i * RENOISE_OFFSET for seed in SEEDS], shape[1:])
-
-    monkeypatch.setattr(lcm, "randn_tensor", renoise)
-    start = seeded_noise(SEEDS, model.latent_shape)
-    call = {"num_inference_steps": num_steps, "guidance_scale": 0.0, **call}
-    made = pipe(PROMPTS, latents=start, output_type="pt", **call).images
-    assert next(step, None) is None, "not every re-noising was drawn"
-    return made, times
+def same_images(pipe, model, num_steps, monkeypatch):
+    """Called without a size or anything else."""
+    return stock.assert_same(pipe, model, monkeypatch, {"num_inference_steps": num_steps, "guidance_scale": 0})
 
 
 @pytest.mark.parametrize(
@@ -78,15 +62,14 @@ def test_stock_diffusers_makes_the_same_images(runs, tmp_path, monkeypatch, name
 
     run = runs(name, flags)
     model = load_student(str(run))
-    ours = model.images(PROMPTS, SEEDS)
     folder = export(run, tmp_path / "pipeline")
     recommended = json.loads((folder / "recommended.json").read_text())
     assert recommended["num_inference_steps"] == len(times)
     assert recommended["guidance_scale"] == 0
-    theirs, seen = stock_images(stock_pipeline(folder), model, len(times), monkeypatch)
-    assert seen == times
-    assert theirs.shape == ours.shape  # without naming a size
-    torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-4)
+    pipe = stock_pipeline(folder)
+    calls = stock.told(pipe.unet)
+    print(name, same_images(pipe, model, len(times), monkeypatch))
+    assert [float(call["timestep"]) for call in calls] == times
     teacher, exported = model.family.load(torch.float32).state_dict(), stock_state(folder)
     assert teacher.keys() == exported.keys()
     assert any(not torch.equal(teacher[key], exported[key]) for key in teacher), "the generator is the teacher's"
@@ -103,21 +86,14 @@ def test_a_lora_on_an_initialised_generator_is_merged_onto_it(runs, tmp_path, mo
 
     start = runs("one") / "checkpoints" / "torch_units" / "step-2.pt"
     run = runs("on-top", f"--use-lora-gen --generator-init {start}")
-    model = load_student(str(run))
-    ours = model.images(PROMPTS, SEEDS)
-    theirs, _ = stock_images(stock_pipeline(export(run, tmp_path / "p")), model, 1, monkeypatch)
-    torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-4)
+    same_images(stock_pipeline(export(run, tmp_path / "p")), load_student(str(run)), 1, monkeypatch)
 
 
 def test_another_architecture(tmp_path, sdxl_folder_2, prompts_file, monkeypatch):
     from train_t2i.student import load_student
 
     run = tiny_runs.train(tmp_path, "b", "--use-lora-gen", model=sdxl_folder_2, prompts=prompts_file)
-    model = load_student(str(run))
-    ours = model.images(PROMPTS, SEEDS)
-    theirs, _ = stock_images(stock_pipeline(export(run, tmp_path / "p")), model, 1, monkeypatch)
-    assert theirs.shape == ours.shape
-    torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-4)
+    same_images(stock_pipeline(export(run, tmp_path / "p")), load_student(str(run)), 1, monkeypatch)
 
 
 def test_a_fine_tuned_teacher_keeps_its_many_guided_steps(runs, tmp_path, monkeypatch, images_table):
@@ -196,14 +172,20 @@ def small_pipeline():
     return DDPMPipeline(net, DDPMScheduler())
 
 
+def save(pipe, out, max_shard_size):
+    from train_t2i.export.folders import new_folder, seal
+
+    with new_folder(out) as folder:
+        pipe.save_pretrained(folder, max_shard_size=max_shard_size)
+        seal(pipe.unet, folder / "unet", {})
+
+
 def test_whole_numbers_stay_whole_numbers(tmp_path):
     from safetensors.torch import load_file
 
-    from train_t2i.export import write_folder
-
     pipe = small_pipeline()
     pipe.to(torch.bfloat16)
-    write_folder(pipe, {}, tmp_path / "p", denoiser="unet", max_shard_size="10GB")
+    save(pipe, tmp_path / "p", "10GB")
     table = load_file(tmp_path / "p" / "unet" / "diffusion_pytorch_model.safetensors")["table"]
     assert table.dtype == torch.int64
     assert torch.equal(table, torch.arange(300))
@@ -217,13 +199,12 @@ def test_what_is_written_wrong_does_not_get_its_name(tmp_path, monkeypatch, dama
     from safetensors.torch import load_file, save_file
 
     from train_t2i.errors import EXIT_DISK, UserError
-    from train_t2i.export import write_folder
 
-    save = UNet2DModel.save_pretrained
+    whole = UNet2DModel.save_pretrained
 
-    @functools.wraps(save)  # the pipeline looks at which options it takes
+    @functools.wraps(whole)  # the pipeline looks at which options it takes
     def damaged(self, folder, **options):
-        save(self, folder, **options)
+        whole(self, folder, **options)
         index = Path(folder) / "diffusion_pytorch_model.safetensors.index.json"
         content = json.loads(index.read_text())
         first, last = sorted(set(content["weight_map"].values()))[:2]
@@ -245,7 +226,7 @@ def test_what_is_written_wrong_does_not_get_its_name(tmp_path, monkeypatch, dama
 
     monkeypatch.setattr(UNet2DModel, "save_pretrained", damaged)
     with pytest.raises(UserError, match="not written as they are") as caught:
-        write_folder(small_pipeline(), {}, tmp_path / "p", denoiser="unet", max_shard_size="4KB")
+        save(small_pipeline(), tmp_path / "p", "4KB")
     assert caught.value.exit_code == EXIT_DISK
     assert not list(tmp_path.iterdir())
 
@@ -291,7 +272,6 @@ def test_a_failed_export_leaves_nothing(runs, tmp_path, capsys, monkeypatch):
     from diffusers import StableDiffusionXLPipeline
 
     def full(self, folder, **options):
-        folder.mkdir(parents=True)
         (folder / "half").write_text("x")
         raise OSError(28, "No space left on device")
 

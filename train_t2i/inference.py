@@ -16,6 +16,7 @@ from train_t2i.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from train_t2i.schedule import Path
     from train_t2i.student import ImageModel
 
 FIRST_LEVEL = 0.001  # where FlowMatchEulerDiscreteScheduler's own times end before they are shifted
@@ -82,6 +83,21 @@ def epsilon_scheduler(model: ImageModel) -> Any:
             f"--shift {run.shift} has no pipeline: sample with python -m train_t2i sample",
         )
     return made
+
+
+def noise_levels(path: Path, grid: Tensor) -> tuple[list[float], list[float]]:
+    """A (N + 1,) grid as samplers are told it: the network's N times in thousandths, and N + 1 sigmas, the last 0.
+
+    Sigma is noise over signal where the signal is kept whole (arXiv 2206.00364, table 1): t itself for rectified flow.
+    """
+    from train_t2i.schedule import EpsilonVP
+
+    times = grid[:-1]
+    if not isinstance(path, EpsilonVP):
+        return (1000 * times.double()).tolist(), grid.double().tolist()
+    levels = path.levels(times)
+    abar = path.alphas_cumprod[levels].double()
+    return levels.tolist(), [*((1 - abar) / abar).sqrt().tolist(), 0.0]
 
 
 def many_step_scheduler(model: ImageModel) -> Any:
