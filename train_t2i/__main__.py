@@ -17,6 +17,7 @@ VERBS = {
     "cache": "encode every prompt once, so that training needs no text encoder (--prompt-cache)",
     "pairs": "write (noise, prompt, teacher latent) pairs for --method direct",
     "export": "a run's generator as a diffusers pipeline",
+    "gallery": "one HTML page of a run's images: teacher and student by step, prompt search, scores",
     "report": "one HTML page and plots from runs",
     "plan": "what a run will take on each device, without one (--model, --num-processes, and the flags of train)",
     "benchmark": "seconds and memory of a step, layout by layout",

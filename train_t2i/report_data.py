@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,9 +132,17 @@ def read_sheets(folder: Path) -> tuple[Sheet, ...]:
         match = STEP_FOLDER.fullmatch(path.name)
         if match and (path / "grid.png").is_file():
             prompts = path / "prompts.txt"
-            told = prompts.read_text(encoding="utf-8", errors="replace").splitlines() if prompts.is_file() else []
+            text = prompts.read_text(encoding="utf-8", errors="replace") if prompts.is_file() else ""
+            told = text.removesuffix("\n").split("\n") if text else []  # a prompt may hold Unicode's own line ends
             sheets.append(Sheet(int(match[1]), path / "grid.png", tuple(told)))
     return tuple(sorted(sheets, key=lambda sheet: sheet.step))
+
+
+def draws_teacher(settings: Mapping[str, Any]) -> bool:
+    """Whether the last row of a run's sheets is the teacher's."""
+    from train_t2i.methods import METHODS
+
+    return "teacher" in getattr(METHODS.get(str(settings.get("method"))), "uses", ())
 
 
 def offsets(runs: Sequence[RunStory]) -> list[int]:
