@@ -55,8 +55,8 @@ def test_votes_are_cast_by_key_and_counted(opened, tmp_path, capsys):
     for row in range(PROMPTS):
         assert tab.inner_text("#prompt") == f"{NASTY} {row}"
         assert tab.inner_text("#progress") == f"{row} of {PROMPTS} votes"
-        assert tab.evaluate("document.getElementById('left').naturalWidth") == 8
         left, _ = shown(tab)
+        tab.wait_for_function("document.getElementById('left').naturalWidth === 8")
         sides.append(left)
         # the teacher, model 0, wins five times, wherever it stands; then a tie and a loss
         wanted = 0 if row < 5 else None if row == 5 else 1

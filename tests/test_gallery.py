@@ -163,6 +163,7 @@ def test_the_page_is_one_small_file(run):
 
 def test_checkpoints_draw_prompts_of_a_file(tmp_path, runs, sdxl_folder):
     """The student at every checkpoint and the teacher are those that sample and evaluate make."""
+    from train_t2i.choice import ModelChoice, teacher_config
     from train_t2i.student import load_student, load_teacher
 
     prompts = tmp_path / "p.txt"
@@ -173,7 +174,8 @@ def test_checkpoints_draw_prompts_of_a_file(tmp_path, runs, sdxl_folder):
     assert [list(row) for row in rows] == [["teacher", "step 1", "step 2"]] * 2
     student = load_student(str(runs["one"]), "1").images(["a red circle", "blue"], [1000, 1001])
     assert [row["step 1"] for row in rows] == [to_pil(image).getpixel((3, 3)) for image in student]
-    teacher = load_teacher(load_student(str(runs["one"])).settings.run, 2, 7.0).images(["a red circle"], [1000])
+    choice = ModelChoice(pretrained_model=str(sdxl_folder), resolution="32", mixed_precision="no")
+    teacher = load_teacher(teacher_config(choice), 2, 7.0).images(["a red circle"], [1000])
     assert rows[0]["teacher"] == to_pil(teacher[0]).getpixel((3, 3))
     assert len({tuple(row.values()) for row in rows}) == 2
 

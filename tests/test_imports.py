@@ -91,6 +91,7 @@ ANNEXES = {
     "adapters": "networks",
     "peers": "engine",
     "prepare": "train",
+    "environment": "train",
     "tables": "data",
     "prompts": "data",
     "hub": "data",

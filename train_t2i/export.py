@@ -2,8 +2,8 @@
 
 The folder holds everything: the generator with its LoRA merged in fp32, text encoders, tokenizers, VAE, and a scheduler
 whose config alone makes ``DiffusionPipeline.from_pretrained(DIR)(prompt, num_inference_steps=N, ...)`` visit the
-student's own times.  ``recommended.json`` has the call: N, guidance, size, text length.  The denoiser is read back and
-compared bit by bit before the folder gets its name.
+student's own times.  ``recommended.json`` has the call: N, guidance, size, text length; ``README.md`` is the hub's card.
+The denoiser is read back and compared bit by bit before the folder gets its name.  ``--push ORG/NAME`` uploads it.
 """
 
 from __future__ import annotations
@@ -21,14 +21,18 @@ from train_t2i.choice import RunChoice
 from train_t2i.cli import parse_verb
 from train_t2i.config import EDIT_FAMILIES, flag
 from train_t2i.errors import EXIT_DISK, EXIT_DONE, UserError
+from train_t2i.evaluation.table import read_given_table
 from train_t2i.inference import many_step_scheduler, student_scheduler
+from train_t2i.push import check_push, upload
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from train_t2i.card import Card
     from train_t2i.student import ImageModel
 
 FORMATS = ("pipeline",)
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}  # as torch calls them
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?) *(KB|MB|GB|TB)", re.IGNORECASE)
 
@@ -43,6 +47,10 @@ class ExportConfig(RunChoice):
     vae: str | None = flag(None, "VAE to use instead of the run's")
     dtype: str = flag("fp32", "number format of the saved weights", choices=("fp32", "fp16", "bf16"))
     max_shard_size: str = flag("10GB", "most bytes of a weights file: a number and KB, MB, GB or TB")
+    table: str | None = flag(None, "evaluation table to show in the card (JSON of the verb evaluate)")
+    push: str | None = flag(None, "repository of the hub, ORG/NAME, to upload the folder to; private")
+    push_public: bool = flag(False, "with --push: a public repository")
+    dry_run: bool = flag(False, "with --push: write the folder and list what would be uploaded")
 
 
 def merge_adapters(net: nn.Module) -> nn.Module:
@@ -133,10 +141,17 @@ def written_wrong(net: nn.Module, folder: Path) -> list[str]:
 
 
 def write_folder(
-    pipe: Any, recommended: dict[str, Any], out: Path, code: str = "", *, denoiser: str, max_shard_size: str
+    pipe: Any,
+    recommended: dict[str, Any],
+    out: Path,
+    code: str = "",
+    card: Card | None = None,
+    *,
+    denoiser: str,
+    max_shard_size: str,
 ) -> None:
     """The folder, complete or absent, with the weights of the part ``denoiser`` read back; with the ``code`` that it is
-    sampled with, where that is not diffusers' own."""
+    sampled with, where that is not diffusers' own, and a ``card`` where it has one."""
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -149,6 +164,8 @@ def write_folder(
             )
         text = json.dumps(recommended, indent=1) + "\n"
         (temporary / "recommended.json").write_text(text, encoding="utf-8")
+        if card:
+            card.write(temporary)
         if code:
             (temporary / "pipeline.py").write_text(code, encoding="utf-8")
         os.rename(temporary, out)  # noqa: PTH104 - refuses a folder that came meanwhile and has something in it
@@ -182,8 +199,11 @@ def main(arguments: Sequence[str]) -> int:
         raise UserError(f"{len(config.runs)} runs are given", "give the one run to export, OUTPUT_DIR/EXP_NAME")
     if config.out:
         refuse_existing(Path(config.out))
+    rows = read_given_table(config.table) if config.table else []
+    check_push(config.push, public=config.push_public, dry_run=config.dry_run)
     import torch
 
+    from train_t2i.card import Card
     from train_t2i.student import load_student
 
     model = load_student(
@@ -194,11 +214,12 @@ def main(arguments: Sequence[str]) -> int:
     refuse_existing(out)
     pipe, recommended = build_pipeline(model)
     if config.dtype != "fp32":
-        pipe.to({"fp16": torch.float16, "bf16": torch.bfloat16}[config.dtype])
+        pipe.to(getattr(torch, DTYPES[config.dtype]))
     needs_code = model.settings.run.method == "arcflow"
     code = pipeline_file(type(pipe)) if needs_code else ""
+    card = Card(config.push or out.name, model, recommended, DTYPES[config.dtype], needs_code, rows)
     write_folder(
-        pipe, recommended, out, code, denoiser=model.family.denoiser_name, max_shard_size=config.max_shard_size
+        pipe, recommended, out, code, card, denoiser=model.family.denoiser_name, max_shard_size=config.max_shard_size
     )
     call = ", ".join(f"{name}={value!r}" for name, value in recommended.items())
     print(f"{out}: pipe(prompt, {call})")
@@ -206,4 +227,6 @@ def main(arguments: Sequence[str]) -> int:
         print("its text encoder must be told which tokens are an image's: docs/supervised.md has the three lines")
     if needs_code:
         print(f"it is sampled with {out}/pipeline.py: docs/methods.md says how to load it")
+    if config.push:
+        print(upload(out, config.push, public=config.push_public, dry_run=config.dry_run))
     return EXIT_DONE

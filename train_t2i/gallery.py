@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from train_t2i.pages.gallery import Picture
     from train_t2i.scorers import Scorers
 
-PAGE_PIXELS = 60e6  # of all images of a page: about 15 MB
+PAGE_PIXELS = 80e6  # of all images of a page
 WIDTHS_PX = (512, 384, 320, 256, 192, 160, 128, 96)
 
 

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image
-
+from train_t2i.choice import ModelChoice, teacher_config
 from train_t2i.errors import UserError
 from train_t2i.log import GAP_PX, to_pil
-from train_t2i.report_data import RunStory, Sheet, draws_teacher, thin
+from train_t2i.report_data import RunStory, Sheet, draws_teacher, opened, thin
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from train_t2i.image_layouts import Entry
     from train_t2i.student import ImageModel
 
@@ -46,15 +47,6 @@ def keys_of(prompts: Sequence[str]) -> tuple[Key, ...]:
         seen[prompt] = seen.get(prompt, 0) + 1
         keys.append((prompt, seen[prompt] - 1))
     return tuple(keys)
-
-
-def opened(path: Path) -> Image.Image:
-    """A PNG of ours, decoded.  Raises UserError."""
-    try:
-        with Image.open(path, formats=("PNG",)) as image:
-            return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: cannot be read ({error})", "remove its folder: the other steps are shown") from None
 
 
 # -- what the run left -----------------------------------------------------------------------------------------------
@@ -139,7 +131,11 @@ def of_checkpoints(
     keys = keys_of([entry.prompt for entry in entries])
 
     def teacher() -> ImageModel:
-        return load_teacher(settings.run, settings.run.teacher_num_steps, settings.run.teacher_cfg)
+        run = settings.run
+        same = ("pretrained_model", "vae", "resolution", "mixed_precision", "text_length", "model_family",
+                "source_size", "source_seen_size", "guidance_embed")  # fmt: skip
+        choice = ModelChoice(teacher=True, **{name: getattr(run, name) for name in same})
+        return load_teacher(teacher_config(choice), run.teacher_num_steps, run.teacher_cfg)
 
     return [
         Column(None, keys, lambda: made(teacher)),
