@@ -48,7 +48,7 @@ class Card:
         from huggingface_hub import ModelCard
 
         sheet = self.sheet()
-        pictures = write_pictures(sheet, folder / IMAGES) if sheet else []
+        pictures = write_pictures(sheet, folder / IMAGES, 0 if self.edits else MAX_WIDGETS) if sheet else []
         found, complete = terms.stages(str(self.model.run), int(self.model.step or 0))
         built = terms.built_on(found, terms.read())
         body = "\n\n".join(
@@ -82,8 +82,8 @@ class Card:
         kind = "image-to-image" if self.edits else "text-to-image"
         run = self.model.settings.run
         tags = [kind, "diffusers", "diffusers-training", *([] if run.method == "sft" else ["distillation", "few-step"])]
-        told = zip(sheet.prompts if sheet else (), pictures, strict=False)
-        widget = [{"text": prompt, "output": {"url": path}} for prompt, path in told if not self.edits]
+        told = zip(sheet.prompts if sheet else (), pictures[:-1], strict=False)
+        widget = [{"text": prompt, "output": {"url": path}} for prompt, path in told]
         related = {"base_model": base.repository, "base_model_relation": "finetune"} if base.repository else {}
         return ModelCardData(
             library_name="diffusers", pipeline_tag=kind, tags=tags, **base.metadata, **related,
@@ -107,13 +107,13 @@ class Card:
 # -- pictures --------------------------------------------------------------------------------------------------------
 
 
-def write_pictures(sheet: Sheet, folder: Path) -> list[str]:
-    """Names of the student's images, then of the whole sheet, as JPEG files beside the card."""
+def write_pictures(sheet: Sheet, folder: Path, count: int) -> list[str]:
+    """Names of the student's first images, then of the whole sheet, as JPEG files beside the card."""
     from train_t2i.gallery_images import student_files
 
     folder.mkdir(parents=True)
     names = []
-    files = [file for file in student_files(sheet)[:MAX_WIDGETS] if file.is_file()]
+    files = [file for file in student_files(sheet)[:count] if file.is_file()]
     widths = [(f"{i:02d}", file, SAMPLE_WIDTH_PX) for i, file in enumerate(files)]
     for name, file, width_px in [*widths, ("sheet", sheet.grid, GRID_WIDTH_PX)]:
         shrunk(opened(file), width_px).save(folder / f"{name}.jpg", quality=JPEG_QUALITY, subsampling=0)
