@@ -22,6 +22,7 @@ from train_t2i.environment import environment
 from train_t2i.report_data import offsets, read_run, spread, thin
 from train_t2i.report_page import card
 from train_t2i.report_plots import Curve, draw_panel, smooth
+from train_t2i.report_tables import cost_table, environment_table
 
 NASTY = '<script>alert("x")</script> & $\\frac{a}{b}$'
 
@@ -240,6 +241,7 @@ def test_what_the_guard_said_is_told_and_marked(story, monkeypatch):
     reading = {"tick": 80, "step": 40, "samples_seen": 1, "reward_clip": 0.5, "guard_scale": 1.0}
     (root / "dmdr" / "loss_logs" / "monitor_log.jsonl").write_text(json.dumps(reading) + "\n")
     assert [step for step, _ in read_run(runs[1]).guard] == [40, 50]
+    (root / "dmdr" / "environment.jsonl").write_text('{"tick": 0, "num_processes": 1, "device": "H200"}\n')
     marks = {}
     from matplotlib.axes import Axes
 
@@ -273,19 +275,19 @@ def test_cost_counts_the_processes_of_each_start(tmp_path):
     assert read.device_seconds == 20 * 0.5 * 2 + 40 * 0.5 * 4
     assert read.seconds_step == 1.0
     assert read.unreadable == 1
-    text = report(tmp_path, [str(run)])
-    row = re.search(r"<td>a</td><td>30</td><td>240</td><td>1</td><td>0 min 30 s</td><td>0.03</td><td>–</td>", text)
+    row = re.search(
+        r"<td>a</td><td>30</td><td>240</td><td>1</td><td>0 min 30 s</td><td>0.03</td><td>–</td>", cost_table([read])
+    )
     assert row
-    section = text[text.index(">Environment</h2>") :]
+    section = environment_table([read])
     assert "<td>2 x H200</td><td>fsdp2</td>" in section
     assert html.escape(f"train_t2i 0.1.0, Python 3.11.9, torch 2.12.1, {NASTY} 1") in section
 
 
 def test_older_runs_do_not_say_what_they_ran_on(story):
-    root, runs = story
-    text = report(root, runs)
-    assert ">Environment</h2>" not in text
-    assert "<td>all</td><td></td><td></td><td></td><td>1 min 00 s</td><td>–</td><td></td>" in text
+    runs = [read_run(run) for run in story[1]]
+    assert not environment_table(runs)
+    assert "<td>all</td><td></td><td></td><td></td><td>1 min 00 s</td><td>–</td><td></td>" in cost_table(runs)
 
 
 def test_a_start_says_what_it_runs_on():

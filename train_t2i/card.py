@@ -127,8 +127,8 @@ def pictures_part(sheet: Sheet | None, pictures: Sequence[str], teacher: bool) -
     rows = "Below each image of the student, the teacher's." if teacher else ""
     prompts = "\n".join(f"{i}. {escaped(prompt)}" for i, prompt in enumerate(sheet.prompts[:MAX_WIDGETS], 1))
     return (
-        f"![Samples at step {sheet.step}]({pictures[-1]})\n\nSamples at step {sheet.step}, the first that were made with "
-        f"their seeds. {rows}\n\n<details><summary>Prompts, left to right</summary>\n\n{prompts}\n\n</details>"
+        f"![Samples at step {sheet.step}]({pictures[-1]})\n\nSamples at step {sheet.step}, not chosen: the run's own "
+        f"sample prompts, with the same noise at every step. {rows}\n\n<details><summary>Prompts, left to right</summary>\n\n{prompts}\n\n</details>"
     )
 
 

@@ -97,7 +97,7 @@ def timeline(index: int, run: RunStory, limit: int) -> tuple[str, str]:
 def plot(number: int, title: str, path: Path, smoothing: float) -> str:
     """A numbered figure with what a reader must know of it."""
     smoothed = (
-        f"faint: as logged; strong: centred running mean over {smoothing:.0%} of a curve's points "
+        f"faint: as logged; strong: centred running mean over {smoothing:.0%} of a curve's points, 5 at least "
         f"(curves of fewer than {LEAST_POINTS}, learning rates and the guard's share as they are)"
         if smoothing
         else "as logged"

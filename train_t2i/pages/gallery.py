@@ -148,9 +148,9 @@ def page(title: str, run: RunStory, columns: Sequence[Column], shown: Sequence[S
     rows = "".join(article(row, key, columns, cells) for row, key in enumerate(keys))
     told = f'<script type="application/json" id="data">{in_script(data_of(columns, cells, keys))}</script>'
     dialog = (
-        "<dialog id=large><p id=large-prompt></p><div class=two><figure id=large-left></figure>"
-        "<figure id=large-right></figure></div><p class=soft>step<kbd>←</kbd><kbd>→</kbd> prompt<kbd>↑</kbd><kbd>↓</kbd> "
-        "close<kbd>Esc</kbd></p></dialog>"
+        "<dialog id=large autofocus><p id=large-prompt></p><div class=two><figure id=large-left></figure>"
+        "<figure id=large-right></figure></div><p class=soft><span>step<kbd>←</kbd><kbd>→</kbd></span> "
+        "<span>prompt<kbd>↑</kbd><kbd>↓</kbd></span> <span>close<kbd>Esc</kbd></span></p></dialog>"
     )
     head = f"<h1>{esc(title)}</h1><p class=soft>{esc(facts(run, columns, cells, keys))}</p>"
     body = (
