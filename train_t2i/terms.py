@@ -12,6 +12,7 @@ from typing import Any
 
 from train_t2i.checkpoint import RECORDS, run_of
 from train_t2i.config import DMDRConfig, Settings
+from train_t2i.errors import UserError
 from train_t2i.fetch import read_manifest
 from train_t2i.hub import NAME
 from train_t2i.reward_flags import wanted_rewards
@@ -100,8 +101,12 @@ def stages(run: str, step: int) -> tuple[list[Stage], bool]:
         folder = run_of(path)
         if folder.root.resolve() in found:
             continue
-        _, record = folder.load(path, [])
-        stage = Stage(Settings.from_dict(record["settings"]), record)
+        try:
+            _, record = folder.load(path, [])
+            stage = Stage(Settings.from_dict(record["settings"]), record)
+        except (UserError, KeyError):  # damaged, or of a method that is gone
+            complete = False
+            continue
         found[folder.root.resolve()] = stage
         before = own_record(stage.settings.run.resume_ckpt)
         earlier = before is not None and run_of(before).root.resolve() != folder.root.resolve()
