@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import tiny_runs
@@ -14,7 +15,7 @@ from tiny_runs import RL, refused
 
 from train_t2i import terms
 from train_t2i.__main__ import main
-from train_t2i.card import public_settings, table_part, terms_part
+from train_t2i.card import Card, public_settings, table_part, terms_part
 from train_t2i.config import METHOD_CONFIGS, Config, DMDRConfig, Settings, fields_of
 
 NASTY = "](http://x) <script>alert(1)</script> | `"
@@ -201,3 +202,9 @@ def test_an_earlier_stage_that_is_gone_is_told(stage, runs):
 
 def test_without_a_table_nothing_is_claimed():
     assert "None was given" in table_part([])
+
+
+def test_its_samples_are_not_those_of_a_later_step(stage):
+    for step in (1, 2):
+        model = SimpleNamespace(run=str(stage), step=step)
+        assert Card("a", model, {}, "float32", False).sheet().step == step

@@ -66,9 +66,7 @@ def push(folder: Path, repo: str, *, public: bool) -> str:
         api.create_repo(repo, private=not public, exist_ok=True)
         if not public and not api.model_info(repo).private:
             raise UserError(f"--push {repo}: is public", "give --push-public, or another name")
-        done = api.upload_folder(
-            repo_id=repo, folder_path=folder, commit_message="Upload of train_t2i export", ignore_patterns=[]
-        )
+        done = api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload of train_t2i export")
     except (HfHubHTTPError, httpx.HTTPError, OSError, ValueError) as error:
         said = TOKEN.sub("hf_...", " ".join(str(error).split()))[:200]
         raise UserError(
