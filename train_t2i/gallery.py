@@ -106,7 +106,7 @@ def main(arguments: Sequence[str]) -> int:
         columns = of_samples(run, config.max_steps)
     total = sum(len(column.keys) for column in columns)
     with tqdm(total=total, unit="image", desc=run.name) as bar:
-        shown = []
+        shown: list[list[Picture]] = []
         for column in columns:
             shown.append([])
             for picture in pictures(column, width_for(total), scorers):

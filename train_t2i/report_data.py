@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from train_t2i.errors import UserError
 
@@ -24,6 +24,7 @@ LOGS = {
 }  # prefix of a series -> its file
 GUARD = re.compile(r"\S+ (?:warning: )?reward guard: step (\d+): (.*)")  # a line of log.txt
 STEP_FOLDER = re.compile(r"step (\d+)")
+T = TypeVar("T")
 Points = tuple[list[float], list[float]]  # steps, values
 
 
@@ -218,7 +219,7 @@ def offsets(runs: Sequence[RunStory]) -> list[int]:
     return begins
 
 
-def thin(sheets: Sequence[Sheet], limit: int) -> list[Sheet]:
+def thin(sheets: Sequence[T], limit: int) -> list[T]:
     """At most ``limit`` of them, the first and the last included."""
     if len(sheets) <= limit:
         return list(sheets)
