@@ -121,7 +121,7 @@ def of_checkpoints(
         for first in range(0, len(entries), BATCH):
             rows = slice(first, min(first + BATCH, len(entries)))
             asked = [entry.prompt for entry in entries[rows]]
-            seeds = [i for i in range(rows.start, rows.stop)]
+            seeds = [SEED + i for i in range(rows.start, rows.stop)]
             yield from map(to_pil, model.images(asked, seeds, sources[rows] if sources else ()))
 
     from train_t2i.image_layouts import entries_of
