@@ -9,9 +9,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the tokenizer's thre
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import shlex
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from trainer import Trainer, flags_of, remember_models
@@ -39,6 +41,20 @@ def one_thread_before_a_fork() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """Chromium without a window."""
+    chromium = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
+    if chromium is None:
+        pytest.skip("no Chromium is installed")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as driver:
+        started = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield started
+        started.close()
 
 
 # -- tiny models and data, made once ---------------------------------------------------------------------------------

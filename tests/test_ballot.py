@@ -4,40 +4,21 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 
 import pytest
+from browsing import opened_page
 from test_side_by_side import MODELS, NASTY, PROMPTS, grey, write_page
 
 from train_t2i.__main__ import main
 
 
-@pytest.fixture(scope="module")
-def browser():
-    chromium = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
-    if chromium is None:
-        pytest.skip("no Chromium is installed")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as driver:
-        started = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield started
-        started.close()
-
-
 @pytest.fixture
 def opened(browser, tmp_path):
-    """(the page in a new browser, what it asked for, what went wrong)."""
+    """(the page in a new tab, what it asked for); nothing went wrong."""
     path = write_page(tmp_path / "page")
-    tab, asked, wrong = browser.new_page(), [], []
-    tab.on("request", lambda request: asked.append(request.url))
-    tab.on("console", lambda message: wrong.append(message.text))
-    tab.on("pageerror", lambda error: wrong.append(str(error)))
-    tab.on("dialog", lambda dialog: dialog.accept())
-    tab.goto(path.as_uri())
-    yield tab, asked
-    assert not wrong
-    tab.context.close()
+    with opened_page(browser, path) as (tab, asked):
+        tab.on("dialog", lambda dialog: dialog.accept())
+        yield tab, asked
 
 
 def test_a_voter_sees_what_is_edited(browser, tmp_path):
@@ -74,8 +55,8 @@ def test_votes_are_cast_by_key_and_counted(opened, tmp_path, capsys):
     for row in range(PROMPTS):
         assert tab.inner_text("#prompt") == f"{NASTY} {row}"
         assert tab.inner_text("#progress") == f"{row} of {PROMPTS} votes"
-        assert tab.evaluate("document.getElementById('left').naturalWidth") == 8
         left, _ = shown(tab)
+        tab.wait_for_function("document.getElementById('left').naturalWidth === 8")
         sides.append(left)
         # the teacher, model 0, wins five times, wherever it stands; then a tie and a loss
         wanted = 0 if row < 5 else None if row == 5 else 1

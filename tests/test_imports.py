@@ -92,6 +92,7 @@ ANNEXES = {
     "adapters": "networks",
     "peers": "engine",
     "prepare": "train",
+    "environment": "train",
     "tables": "data",
     "prompts": "data",
     "hub": "data",

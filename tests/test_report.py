@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import html
 import json
 import re
+import socket
 from html.parser import HTMLParser
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import torch
+from browsing import opened_page
 from PIL import Image
 
 from train_t2i.__main__ import main
+from train_t2i.environment import environment
 from train_t2i.report_data import offsets, read_run, spread, thin
 from train_t2i.report_page import card
-from train_t2i.report_plots import smooth
+from train_t2i.report_plots import Curve, draw_panel, smooth
+from train_t2i.report_tables import cost_table, environment_table
 
 NASTY = '<script>alert("x")</script> & $\\frac{a}{b}$'
 
@@ -44,7 +53,7 @@ def write_run(root: Path, name: str, *, first=0, last=30, method="dmdr", rewards
 class Page(HTMLParser):
     """Tags of a document, with every attribute, checked to be nested properly."""
 
-    VOID = ("meta", "img", "br")
+    VOID = ("meta", "img", "br", "input")
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -88,12 +97,20 @@ def test_the_page_is_whole_offline_and_safe(story):
     text = report(root, runs, "--table", str(root / "table.json"), "--title", NASTY)
     page = Page(text)
     names = [tag for tag, _ in page.tags]
-    assert "script" not in names
+    assert names.count("script") == names.count("style") == 1
     assert "link" not in names
+    policy = next(attributes["content"] for _, attributes in page.tags if "http-equiv" in attributes)
+    assert policy.startswith("default-src 'none'; img-src data:; ")
+    assert "unsafe" not in policy
+    for kind in ("script", "style"):
+        (inside,) = re.findall(rf"<{kind}>(.*?)</{kind}>", text, re.DOTALL)
+        assert (
+            f"{kind}-src '{'sha256-' + base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode()}'" in policy
+        )
     for tag, attributes in page.tags:
-        assert not [name for name in attributes if name.startswith("on")]
+        assert not [name for name in attributes if name.startswith("on") or name == "style"]
         if "src" in attributes:
-            assert attributes["src"].startswith("data:image/png;base64,")
+            assert re.match("data:image/(png|webp);base64,", attributes["src"])
             assert attributes["alt"]
         if tag == "a":
             assert attributes["href"].startswith("#")
@@ -110,8 +127,10 @@ def test_plots_are_pictures_of_what_the_runs_have(story):
     plots = {path.stem: Image.open(path).size for path in (root / "report" / "plots").glob("*.png")}
     assert plots.keys() == {"rewards", "losses", "gradients", "speed"}
     assert all(width > 400 and height > 300 for width, height in plots.values())
+    for name in plots:
+        assert (root / "report" / "plots" / f"{name}.pdf").read_bytes().startswith(b"%PDF-")
     report(root, runs[:1])  # without rewards
-    assert not (root / "report" / "plots" / "rewards.png").exists()
+    assert not list((root / "report" / "plots").glob("rewards.*"))
 
 
 def settings_rows(text):
@@ -189,6 +208,122 @@ def test_small_pieces():
     assert smooth([0, 0, 10, 0, 0])[2] == 2
 
 
+# -- curves ----------------------------------------------------------------------------------------------------------
+
+
+def lines_of(label, curve, smoothing, log=False):
+    """What a panel draws, as lists of y values."""
+    from matplotlib.figure import Figure
+
+    axes = Figure().subplots()
+    draw_panel(axes, label, [Curve(0, 100, curve)], log=log, smoothing=smoothing)
+    return [(list(line.get_xdata()), list(line.get_ydata())) for line in axes.get_lines()]
+
+
+def test_curves_are_the_values_and_their_running_mean():
+    steps, values = [float(i) for i in range(40)], [float(i % 2) for i in range(40)]
+    places = [step + 100 for step in steps]
+    assert lines_of("loss", (steps, values), 0.25) == [(places, values), (places, smooth(values, 0.25))]
+    assert lines_of("loss", (steps, values), 0.0) == [(places, values)]
+    assert lines_of("loss", (steps[:11], values[:11]), 0.25) == [(places[:11], values[:11])]
+
+
+def test_what_the_guard_said_is_told_and_marked(story, monkeypatch):
+    root, runs = story
+    at = "2026-01-01T00:00:00 "
+    said = [
+        f"{at}warning: reward guard: step 40: rose: reward_clip 0.1 -> 0.2; fell: {NASTY}",
+        f"{at}reward guard: step 50: rewards now count 0.5: an earlier start",
+        f"{at}reward guard: step 50: rewards now count 0.5: rose",
+        f"{at}step 50 tick 3 loss 1",
+    ]
+    (root / "dmdr" / "log.txt").write_text("\n".join(said) + "\n")
+    reading = {"tick": 80, "step": 40, "samples_seen": 1, "reward_clip": 0.5, "guard_scale": 1.0}
+    (root / "dmdr" / "loss_logs" / "monitor_log.jsonl").write_text(json.dumps(reading) + "\n")
+    assert [step for step, _ in read_run(runs[1]).guard] == [40, 50]
+    (root / "dmdr" / "environment.jsonl").write_text('{"tick": 0, "num_processes": 1, "device": "H200"}\n')
+    marks = {}
+    from matplotlib.axes import Axes
+
+    def note(axes, x, **kwargs):
+        marks.setdefault(axes.get_title(loc="left"), []).append(x)
+
+    monkeypatch.setattr(Axes, "axvline", note)
+    text = report(root, runs)
+    assert marks["CLIP reward"] == marks["clip reward, fixed prompts"] == [40, 50]
+    assert "generator, all terms" not in marks
+    section = text[text.index(">Reward guard</h2>") :]
+    assert "<td>dmdr</td><td>50</td><td>rewards now count 0.5: rose</td>" in section
+    assert "an earlier start" not in text
+    assert html.escape(NASTY) in section
+
+
+# -- cost and environment --------------------------------------------------------------------------------------------
+
+
+def test_cost_counts_the_processes_of_each_start(tmp_path):
+    """Ticks of half a second, two a step: the first 20 on two devices, the others on four."""
+    run = write_run(tmp_path, "a", last=30)
+    start = {"started": "2026-01-01T00:00:00+00:00", "code_version": "0.1.0", "python": "3.11.9", "backend": "fsdp2"}
+    starts = [
+        start | {"tick": 0, "num_processes": 2, "device": "H200", "packages": {"torch": "2.12.1", NASTY: "1"}},
+        start | {"tick": 30, "num_processes": 8, "device": "lost ticks"},
+        start | {"tick": 20, "num_processes": 4, "device": "B300"},
+    ]
+    (run / "environment.jsonl").write_text("".join(json.dumps(each) + "\n" for each in starts) + "torn")
+    read = read_run(str(run))
+    assert read.device_seconds == 20 * 0.5 * 2 + 40 * 0.5 * 4
+    assert read.seconds_step == 1.0
+    assert read.unreadable == 1
+    row = re.search(
+        r"<td>a</td><td>30</td><td>240</td><td>1</td><td>0 min 30 s</td><td>0.03</td><td>–</td>", cost_table([read])
+    )
+    assert row
+    section = environment_table([read])
+    assert "<td>2 x H200</td><td>fsdp2</td>" in section
+    assert html.escape(f"train_t2i 0.1.0, Python 3.11.9, torch 2.12.1, {NASTY} 1") in section
+
+
+def test_older_runs_do_not_say_what_they_ran_on(story):
+    runs = [read_run(run) for run in story[1]]
+    assert not environment_table(runs)
+    assert "<td>all</td><td></td><td></td><td></td><td>1 min 00 s</td><td>–</td><td></td>" in cost_table(runs)
+
+
+def test_a_start_says_what_it_runs_on():
+    told = environment(torch.device("cpu"), 2, "ddp", 7)
+    assert (told["num_processes"], told["backend"], told["tick"]) == (2, "ddp", 7)
+    assert told["packages"]["torch"] == version("torch")
+    assert told["device"].startswith("CPU, ")
+    said = json.dumps(told)
+    assert socket.gethostname() not in said
+    assert str(Path.home()) not in said
+
+
+# -- in a browser ----------------------------------------------------------------------------------------------------
+
+
+def test_the_slider_shows_one_sheet_of_a_run(browser, story):
+    root, runs = story
+    report(root, runs)
+    with opened_page(browser, root / "report" / "index.html") as (tab, _):
+        cold = tab.locator(".timeline").first
+        shown = cold.locator(".sheets figure:visible img")
+        assert [shown.nth(i).get_attribute("alt") for i in range(shown.count())] == ["samples at step 30"]
+        cold.locator("input").focus()
+        tab.keyboard.press("ArrowLeft")
+        assert shown.get_attribute("alt") == "samples at step 0"
+        assert cold.locator("output").inner_text() == "step 0"
+        assert tab.locator(".timeline").nth(1).locator(".sheets figure:visible img").count() == 1
+        cold.locator("button").click()
+        assert shown.count() == 2
+        colour = "getComputedStyle(document.querySelectorAll('.card')[1]).borderTopColor"
+        assert tab.evaluate(colour) == "rgb(200, 85, 61)"
+    with opened_page(browser, root / "report" / "index.html", java_script_enabled=False) as (tab, _):
+        assert tab.locator(".sheets figure:visible").count() == 4
+        assert tab.locator(".slider:visible").count() == 0
+
+
 # -- mistakes --------------------------------------------------------------------------------------------------------
 
 
@@ -206,6 +341,15 @@ def test_mistakes_are_one_line(tmp_path, capsys):
         err = capsys.readouterr().err
         assert said in err
         assert "Traceback" not in err
+
+
+def test_a_sheet_that_is_torn_is_named(story, capsys):
+    root, runs = story
+    (root / "cold" / "samples" / "step 30" / "grid.png").write_bytes(b"\x89PNG\r\n\x1a\n torn")
+    assert main(["report", *runs, "--out", str(root / "report")]) == 2
+    err = capsys.readouterr().err
+    assert "grid.png: cannot be read" in err
+    assert "Traceback" not in err
 
 
 def test_a_run_without_logs_or_samples_still_has_a_page(tmp_path):

@@ -33,7 +33,7 @@ SHEET = {"grid.png", "prompts.txt", "student_000.png", "student_001.png"}
 @pytest.mark.parametrize("lora", [False, True])
 def test_the_output_tree(trainer, lora):
     run = trainer.run("run", "--sample-steps 2 --checkpoint-steps 1" + (" --use-lora-gen" if lora else ""))
-    expected = {"args.json", "log.txt", ".lock", ".exit_code"}
+    expected = {"args.json", "environment.jsonl", "log.txt", ".lock", ".exit_code"}
     expected |= {f"loss_logs/loss_{role}_log.jsonl" for role in ("gen", "gui")}
     for step in (1, 2):
         expected |= {f"checkpoints/torch_units/step-{step}.pt"}

@@ -31,7 +31,7 @@ def test_every_verb_has_help(capsys):
 
 
 def test_help_answers_before_anything_heavy_loads():
-    verbs = ["sample", "evaluate", "export", "report", "fetch", "cache"]
+    verbs = ["sample", "evaluate", "export", "gallery", "report", "fetch", "cache"]
     code = f"""
 import sys
 from train_t2i.__main__ import main
@@ -61,7 +61,7 @@ def test_flags_of_verbs(monkeypatch):
     assert parse(PairsConfig, "pairs", ["--pretrained_model_name_or_path", "m"]).pretrained_model == "m"
 
 
-@pytest.mark.parametrize("verb", ["sample", "evaluate", "export", "report", "fetch", "pairs", "cache"])
+@pytest.mark.parametrize("verb", ["sample", "evaluate", "export", "gallery", "report", "fetch", "pairs", "cache"])
 def test_unknown_flags_and_bad_numbers_are_one_line(verb, capsys):
     assert "--nonsense" in refused(capsys, verb, "--nonsense")
 

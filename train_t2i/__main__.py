@@ -17,6 +17,7 @@ VERBS = {
     "cache": "encode every prompt once, so that training needs no text encoder (--prompt-cache)",
     "pairs": "write (noise, prompt, teacher latent) pairs for --method direct",
     "export": "a run's generator for diffusers, ComfyUI and kohya's tools: pipeline, weights or LoRA",
+    "gallery": "one HTML page of a run's images: teacher and student by step, prompt search, scores",
     "report": "one HTML page and plots from runs",
     "plan": "what a run will take on each device, without one (--model, --num-processes, and the flags of train)",
     "doctor": "what is here, what a recipe would need, and one line a problem (the flags of plan and train, or none)",

@@ -1,8 +1,8 @@
 """``python -m train_t2i fetch NAME...``: download what checkpoints/manifest.toml names, and check its digest.
 
-An entry is a table [GROUP."NAME"] or [NAME] of the manifest: what, licence, repository, repository_type (model, dataset),
-revision, file (or none: the whole folder, without other formats and half-precision copies), local_name, and sha256 of
-the file where it is known.  What is made here rather than downloaded has no repository.  Without a name the verb lists
+An entry is a table [GROUP."NAME"] or [NAME] of the manifest: what, licence (of a teacher also as cards say it, licence_id and
+licence_name), repository, repository_type (model, dataset), revision, file (or none: the whole folder, without other formats
+and half-precision copies), local_name, and sha256 of the file where it is known.  What is made here rather than downloaded has no repository.  Without a name the verb lists
 what there is.  A broken download goes on where it stopped.
 """
 

@@ -35,6 +35,7 @@ LOSS_FILES = {
 }
 COUNTERS = ("tick", "step", "samples_seen")
 SECONDS_BETWEEN_LINES = 30  # where the progress bar has no terminal
+GAP_PX = 2  # between the images of a grid
 WANDB_CLOUD = {"api.wandb.ai", "api.forge.coreweave.com"}  # two names of one service; a login holds for both
 
 
@@ -261,7 +262,7 @@ def to_pil(image: Tensor) -> Image.Image:
     return Image.fromarray(array)
 
 
-def grid_image(rows: Sequence[Tensor], *, gap_px: int = 2) -> Image.Image:
+def grid_image(rows: Sequence[Tensor], *, gap_px: int = GAP_PX) -> Image.Image:
     """Rows of images, each (B, 3, H, W), stacked top to bottom on white."""
     height, width = rows[0].shape[-2:]
     count = max(len(row) for row in rows)

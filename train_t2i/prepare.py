@@ -15,6 +15,7 @@ from train_t2i import __version__, build, log, monitor, redact, reward_terms
 from train_t2i.checkpoint import RunFolder
 from train_t2i.config import ArcFlowConfig, DMDRConfig, Settings, SFTConfig, listed
 from train_t2i.engine import AdamSettings, Engine
+from train_t2i.environment import environment, note_start
 from train_t2i.errors import UserError
 from train_t2i.feed import Feed, dataset_for
 from train_t2i.image_data import Rows
@@ -251,6 +252,8 @@ def announce(run: Run, resume_from: Path | None, lines: Sequence[str]) -> None:
     if run.engine.is_main:
         text = json.dumps(public_settings(run.settings), indent=1, ensure_ascii=False)
         (root / "args.json").write_text(text + "\n", encoding="utf-8")
+        engine = run.engine
+        note_start(root, environment(engine.device, engine.world, engine.backend_name, run.state.clock.tick))
     shared = f", {run.engine.world} processes, {run.engine.backend_name}" if run.engine.world > 1 else ""
     run.log.say(f"{run.settings.run.method}, layout {networks.layout}{shared}")
     grid = networks.family.path.grid(run.settings.run.sample_num_steps)

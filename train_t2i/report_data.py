@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from statistics import median
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from train_t2i.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 LOGS = {
     "gen": "loss_gen_log.jsonl",
     "gui": "loss_gui_log.jsonl",
     "mon": "monitor_log.jsonl",
 }  # prefix of a series -> its file
+GUARD = re.compile(r"\S+ (?:warning: )?reward guard: step (\d+): (.*)")  # a line of log.txt
 STEP_FOLDER = re.compile(r"step (\d+)")
+T = TypeVar("T")
 Points = tuple[list[float], list[float]]  # steps, values
 
 
@@ -45,6 +52,10 @@ class RunStory:
     seconds: float  # in ticks, all together
     peak_memory_gib: float  # of the main process; 0 where an older log does not say
     unreadable: int  # lines of the logs
+    starts: tuple[dict[str, Any], ...] = ()  # what each start ran on: see environment.py; older runs have none
+    device_seconds: float | None = None  # seconds x processes; None where no start says how many there were
+    seconds_step: float | None = None  # median
+    guard: tuple[tuple[int, str], ...] = ()  # (step, what the reward guard said)
 
 
 def read_run(path: str) -> RunStory:
@@ -62,7 +73,10 @@ def read_run(path: str) -> RunStory:
     for prefix, name in LOGS.items():
         lines[prefix], bad = read_lines(root / "loss_logs" / name)
         unreadable += bad
+    starts, bad = read_json_lines(root / "environment.jsonl", ("tick", "num_processes"))
+    unreadable += bad
     counted = [line for prefix in ("gen", "gui") for line in lines[prefix]]
+    ticks = {line["tick"]: float(line.get("seconds_tick") or 0) for line in counted}
     steps = [int(line["step"]) for line in lines["gen"]] or [0]
     return RunStory(
         name=root.resolve().name,
@@ -73,14 +87,53 @@ def read_run(path: str) -> RunStory:
         first_step=min(steps),
         last_step=max(steps),
         samples_seen=max((int(line.get("samples_seen", 0)) for line in counted), default=0),
-        seconds=sum({line["tick"]: float(line.get("seconds_tick") or 0) for line in counted}.values()),
+        seconds=sum(ticks.values()),
         peak_memory_gib=max((float(line.get("peak_memory_gib") or 0) for line in counted), default=0.0),
         unreadable=unreadable,
+        starts=tuple(starts),
+        device_seconds=device_seconds(ticks, starts),
+        seconds_step=seconds_a_step(lines["gen"], ticks),
+        guard=read_guard(root / "log.txt"),
     )
+
+
+def device_seconds(ticks: Mapping[int, float], starts: Sequence[Mapping[str, int]]) -> float | None:
+    """Each tick's seconds times the processes of the start that it belongs to: the last one that went on before it."""
+    if not starts:
+        return None
+    ordered = list(starts)
+    total = 0.0
+    for tick, seconds in ticks.items():
+        before = [start for start in ordered if start["tick"] < tick] or ordered[:1]
+        total += seconds * before[-1]["num_processes"]
+    return total
+
+
+def seconds_a_step(generator: Sequence[Mapping[str, Any]], ticks: Mapping[int, float]) -> float | None:
+    """Median seconds from one generator update to the next, all ticks between them; None of a single step."""
+    ends = [line["tick"] for line in generator]
+    spent = [
+        sum(ticks.get(tick, 0.0) for tick in range(first + 1, last + 1)) for first, last in itertools.pairwise(ends)
+    ]
+    return median(spent) if spent else None
+
+
+def read_guard(path: Path) -> tuple[tuple[int, str], ...]:
+    """What the reward guard said, by step; a step that was gone through twice is told as it was the last time."""
+    if not path.is_file():
+        return ()
+    text = path.read_text(encoding="utf-8", errors="replace")
+    found = (GUARD.fullmatch(line) for line in text.splitlines())
+    return tuple(sorted({int(match[1]): match[2] for match in found if match}.items()))
 
 
 def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
     """(lines of a log that are whole, how many are not): a run that is still going may be writing the last."""
+    return read_json_lines(path, ("tick", "step"))
+
+
+def read_json_lines(path: Path, counters: Sequence[str]) -> tuple[list[dict[str, Any]], int]:
+    """``read_lines`` of objects that have whole numbers of these names."""
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
@@ -91,7 +144,7 @@ def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
     for line in text.splitlines():
         try:
             record = json.loads(line)
-            good.append(record | {"tick": int(record["tick"]), "step": int(record["step"])})
+            good.append(record | {name: int(record[name]) for name in counters})
         except (ValueError, KeyError, TypeError):
             bad += 1
     return good, bad
@@ -132,9 +185,28 @@ def read_sheets(folder: Path) -> tuple[Sheet, ...]:
         match = STEP_FOLDER.fullmatch(path.name)
         if match and (path / "grid.png").is_file():
             prompts = path / "prompts.txt"
-            told = prompts.read_text(encoding="utf-8", errors="replace").splitlines() if prompts.is_file() else []
+            text = prompts.read_text(encoding="utf-8", errors="replace") if prompts.is_file() else ""
+            told = text.removesuffix("\n").split("\n") if text else []  # a prompt may hold Unicode's own line ends
             sheets.append(Sheet(int(match[1]), path / "grid.png", tuple(told)))
     return tuple(sorted(sheets, key=lambda sheet: sheet.step))
+
+
+def opened(path: Path) -> Image.Image:
+    """A PNG of a sample sheet, decoded.  Raises UserError."""
+    from PIL import Image
+
+    try:
+        with Image.open(path, formats=("PNG",)) as image:
+            return image.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path}: cannot be read ({error})", "remove its folder: the other steps are shown") from None
+
+
+def draws_teacher(settings: Mapping[str, Any]) -> bool:
+    """Whether the last row of a run's sheets is the teacher's."""
+    from train_t2i.methods import METHODS
+
+    return "teacher" in getattr(METHODS.get(str(settings.get("method"))), "uses", ())
 
 
 def offsets(runs: Sequence[RunStory]) -> list[int]:
@@ -147,7 +219,7 @@ def offsets(runs: Sequence[RunStory]) -> list[int]:
     return begins
 
 
-def thin(sheets: Sequence[Sheet], limit: int) -> list[Sheet]:
+def thin(sheets: Sequence[T], limit: int) -> list[T]:
     """At most ``limit`` of them, the first and the last included."""
     if len(sheets) <= limit:
         return list(sheets)

@@ -1,9 +1,13 @@
-"""The curves of a report as PNG files: raw values faint, smoothed ones on top, a colour a run."""
+"""The curves of a report as PNG and PDF files: raw values faint, smoothed ones on top, a colour a run.
+
+Dashed upright lines are the steps at which the reward guard spoke.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +28,7 @@ FIGURES: dict[str, tuple[str, dict[str, str]]] = {
             "mon/held_out_*": "{} reward, held out",
             "mon/diversity": "diversity of a prompt's images",
             "mon/recall": "recall of the reference",
+            "mon/guard_scale": "reward guard, share left of the rewards' weights",
         },
     ),
     "losses": (
@@ -49,14 +54,17 @@ FIGURES: dict[str, tuple[str, dict[str, str]]] = {
     "speed": ("Speed", {"gui/seconds_tick": "seconds a tick", "gen/seconds_tick": "seconds a generator tick"}),
 }
 LOG_SCALE = ("grad_norm", "lr")
-EXACT = ("learning rate",)  # panels that are drawn as they are
+EXACT = ("lr", "guard_scale")  # series that are drawn as they are
+SMOOTHING = 0.04  # share of a curve's points that its running mean is over
+LEAST_POINTS = 12  # of a curve that is smoothed
+JUDGED = ("mon/", "gen/reward_")  # series whose panels show what the guard said
 
 
 def colour_of(index: int) -> str:
     return COLOURS[index % len(COLOURS)]
 
 
-def smooth(values: Sequence[float], share: float = 0.04) -> list[float]:
+def smooth(values: Sequence[float], share: float = SMOOTHING) -> list[float]:
     """Centred running mean over ``share`` of the points, at least 5; at the ends over those that are there."""
     half = max(2, round(len(values) * share / 2))
     totals = [0.0]
@@ -69,18 +77,28 @@ def smooth(values: Sequence[float], share: float = 0.04) -> list[float]:
     return out
 
 
-def draw_panel(axes: Any, label: str, curves: Sequence[tuple[int, str, int, Points]], log: bool) -> None:
-    """``curves``: (colour index, name, offset, points)."""
-    for index, name, offset, (steps, values) in curves:
-        places = [step + offset for step in steps]
-        kwargs: dict[str, Any] = {"color": colour_of(index)}
-        if len(values) < 12 or label.endswith(EXACT):
-            marker = "o" if len(values) < 12 else None
-            axes.plot(places, values, marker=marker, markersize=3, linewidth=1.4, label=name, **kwargs)
+@dataclass(frozen=True)
+class Curve:
+    """A run's series in a panel."""
+
+    run: int  # its place among the runs, which chooses the colour
+    offset: int  # what is added to its steps
+    points: Points
+
+
+def draw_panel(axes: Any, label: str, curves: Sequence[Curve], *, log: bool, smoothing: float) -> None:
+    """``smoothing``: share of the points; 0 draws the values alone."""
+    for curve in curves:
+        steps, values = curve.points
+        places = [step + curve.offset for step in steps]
+        colour = {"color": colour_of(curve.run)}
+        if len(values) < LEAST_POINTS or not smoothing:
+            marker = "o" if len(values) < LEAST_POINTS else None
+            axes.plot(places, values, marker=marker, markersize=3, linewidth=1.4, **colour)
             continue
-        axes.plot(places, values, linewidth=0.6, alpha=0.28, **kwargs)
-        axes.plot(places, smooth(values), linewidth=1.7, label=name, **kwargs)
-    if log and all(value > 0 for _, _, _, (_, values) in curves for value in values):
+        axes.plot(places, values, linewidth=0.6, alpha=0.28, **colour)
+        axes.plot(places, smooth(values, smoothing), linewidth=1.7, **colour)
+    if log and all(value > 0 for curve in curves for value in curve.points[1]):
         from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
         axes.set_yscale("log")
@@ -111,16 +129,12 @@ def expanded(panels: dict[str, str], runs: Sequence[RunStory]) -> dict[str, str]
     return found
 
 
-def draw_figure(runs: Sequence[RunStory], panels: dict[str, str], path: Path) -> bool:
-    """One PNG; False, and none, where no run has any of the series."""
+def draw_figure(runs: Sequence[RunStory], panels: dict[str, str], path: Path, smoothing: float) -> bool:
+    """``path`` with .png and .pdf; False, and none, where no run has any of the series."""
     begins = offsets(runs)
     shown = []
     for key, label in expanded(panels, runs).items():
-        curves = [
-            (i, run.name.replace("$", r"\$"), begins[i], run.series[key])
-            for i, run in enumerate(runs)
-            if key in run.series
-        ]
+        curves = [Curve(i, begins[i], run.series[key]) for i, run in enumerate(runs) if key in run.series]
         if curves:
             shown.append((key, label, curves))
     if not shown:
@@ -136,10 +150,20 @@ def draw_figure(runs: Sequence[RunStory], panels: dict[str, str], path: Path) ->
             axes.set_visible(False)
             continue
         key, label, curves = shown[i]
-        draw_panel(axes, label, curves, key.endswith(LOG_SCALE))
-    add_legend(figure, runs, {index for _, _, curves in shown for index, *_ in curves})
-    figure.savefig(path, facecolor="white")
+        share = 0.0 if key.endswith(EXACT) else smoothing
+        draw_panel(axes, label, curves, log=key.endswith(LOG_SCALE), smoothing=share)
+        if key.startswith(JUDGED):
+            mark_guard(axes, runs, begins)
+    add_legend(figure, runs, {curve.run for _, _, curves in shown for curve in curves})
+    figure.savefig(path.with_suffix(".png"), facecolor="white")
+    figure.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None})
     return True
+
+
+def mark_guard(axes: Any, runs: Sequence[RunStory], begins: Sequence[int]) -> None:
+    for run, begin in zip(runs, begins, strict=True):
+        for step, _ in run.guard:
+            axes.axvline(step + begin, color=INK, linewidth=0.8, linestyle=(0, (4, 3)), alpha=0.7)
 
 
 def add_legend(figure: Any, runs: Sequence[RunStory], used: set[int]) -> None:
@@ -152,13 +176,14 @@ def add_legend(figure: Any, runs: Sequence[RunStory], used: set[int]) -> None:
     figure.legend(handles, names, loc="outside upper left", ncols=min(len(names), 5), fontsize=8, frameon=False)
 
 
-def draw_all(runs: Sequence[RunStory], folder: Path) -> dict[str, Path]:
-    """Section title -> its PNG, for the figures that have something to show."""
+def draw_all(runs: Sequence[RunStory], folder: Path, smoothing: float = SMOOTHING) -> dict[str, Path]:
+    """Section title -> its PNG, for the figures that have something to show; a PDF of each lies beside it."""
     folder.mkdir(parents=True, exist_ok=True)
     drawn = {}
     for name, (title, panels) in FIGURES.items():
         path = folder / f"{name}.png"
         path.unlink(missing_ok=True)
-        if draw_figure(runs, panels, path):
+        path.with_suffix(".pdf").unlink(missing_ok=True)
+        if draw_figure(runs, panels, path, smoothing):
             drawn[title] = path
     return drawn

@@ -9,9 +9,7 @@ the models; ``python -m train_t2i votes FILE`` counts it.
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import html
 import itertools
 import json
 import random
@@ -27,9 +25,9 @@ from train_t2i.evaluation.measure import Keep
 from train_t2i.families import Source
 from train_t2i.image_layouts import Asked
 from train_t2i.log import to_pil
+from train_t2i.pages.parts import SMALL_PX, document, esc, in_script, text_of
 
 HERE = Path(__file__).parent
-SMALL_PX = 256  # images below are enlarged without smoothing
 SOURCE = "source"  # what the first column of a page of edits is called
 
 
@@ -126,20 +124,6 @@ def drawn_sides(count: int, seed: str) -> list[bool]:
 # -- the page --------------------------------------------------------------------------------------------------------
 
 
-def esc(value: object) -> str:
-    return html.escape(str(value), quote=True)
-
-
-def in_script(value: object) -> str:
-    """JSON that cannot end the element it stands in."""
-    return json.dumps(value, ensure_ascii=False).replace("<", "\\u003c")
-
-
-def source_hash(text: str) -> str:
-    """For a Content-Security-Policy: this text, and no other, may run."""
-    return "'sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() + "'"
-
-
 def figure(images: Sequence[str], label: str, kind: str) -> str:
     """A column of a row: its images one below the other, or an empty place where it has none."""
     shown = "".join(f'<img class="{kind}" loading="lazy" src="{esc(image)}" alt="{esc(label)}">' for image in images)
@@ -156,13 +140,9 @@ def article(row: dict[str, Any], models: Sequence[str], kind: str, *, edits: boo
 
 def page(title: str, models: Sequence[str], data: dict[str, Any], width_px: int) -> str:
     """The whole document; of one model it only shows."""
-    style, script = ((HERE / name).read_text(encoding="utf-8") for name in ("side_by_side.css", "vote.js"))
     edits = any(row["sources"] for row in data["rows"])
-    style += f"\n.row {{ --columns: {edits + len(models)}; }}"
+    style = f"{text_of('side_by_side.css', HERE)}\n.row {{ --columns: {edits + len(models)}; }}"
     votes = len(models) > 1
-    policy = (
-        f"default-src 'none'; img-src 'self' file:; style-src {source_hash(style)}; script-src {source_hash(script)}"
-    )
     kind = "small" if width_px < SMALL_PX else ""
     rows = "".join(article(row, models, kind, edits=edits) for row in data["rows"])
     tabs = (
@@ -172,14 +152,10 @@ def page(title: str, models: Sequence[str], data: dict[str, Any], width_px: int)
     body = f'<main id="names"{" hidden" if votes else ""}>{rows}</main>'
     if votes:
         told = f'<script type="application/json" id="data">{in_script(data)}</script>'
-        body = f"{ballot(models, len(data['rows']), kind)}{body}{told}<script>{script}</script>"
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
-        f"<title>{esc(title)}</title><style>{style}</style></head>"
-        f"<body><header><h1>{esc(title)}</h1>{tabs if votes else ''}</header>{body}</body></html>\n"
-    )
+        body = f"{ballot(models, len(data['rows']), kind)}{body}{told}"
+    script = text_of("vote.js", HERE) if votes else ""
+    header = f"<header><h1>{esc(title)}</h1>{tabs if votes else ''}</header>"
+    return document(title, header + body, style, script, images="'self' file:")
 
 
 def ballot(models: Sequence[str], count: int, kind: str) -> str:

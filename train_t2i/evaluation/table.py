@@ -28,6 +28,13 @@ def read_table(path: str, option: str = "--out") -> list[dict[str, Any]]:
     return rows
 
 
+def read_given_table(path: str) -> list[dict[str, Any]]:
+    """The rows of a table that must be there.  Raises UserError."""
+    if not Path(path).is_file():
+        raise UserError(f"--table {path}: no such file", "python -m train_t2i evaluate --out writes one")
+    return read_table(path, "--table")
+
+
 def merge_row(path: str, row: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Put a row into the table in its model's place, or at the end; the file is whole at any instant."""
     rows = read_table(path)
@@ -94,15 +101,21 @@ def markdown_row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def markdown(rows: Sequence[Mapping[str, Any]], pairs: Sequence[Mapping[str, Any]]) -> str:
-    """The table with its intervals, the paired differences, and what both rest on."""
+def markdown_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line a model, with the columns that any of them has measured, means with their intervals."""
     columns = [name for name in columns_of(rows) if name == "model" or any(row.get(name) is not None for row in rows)]
     heads = [f"{name} (lower is better)" if name in LOWER_IS_BETTER else name for name in columns]
-    lines = ["# Evaluation", "", markdown_row(heads), markdown_row(["---", *["---:"] * (len(columns) - 1)])]
+    lines = [markdown_row(heads), markdown_row(["---", *["---:"] * (len(columns) - 1)])]
     for row in rows:
         ci = row.get("ci", {})
         cells = [escaped(row["model"]), *(with_interval(row.get(name), ci.get(name)) for name in columns[1:])]
         lines.append(markdown_row(cells))
+    return lines
+
+
+def markdown(rows: Sequence[Mapping[str, Any]], pairs: Sequence[Mapping[str, Any]]) -> str:
+    """The table with its intervals, the paired differences, and what both rest on."""
+    lines = ["# Evaluation", "", *markdown_table(rows)]
     lines += ["", "In brackets: 95 % bootstrap intervals of the mean over prompts."]
     lines += ["", *paired_lines(pairs), *basis_lines(rows)]
     return "\n".join(lines) + "\n"

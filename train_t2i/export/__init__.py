@@ -7,7 +7,8 @@ lora       the generator's LoRA for ``load_lora_weights`` and ComfyUI, and the s
 kohya      the same LoRA under the names of kohya's trainers
 
 ``recommended.json`` has the call: N, guidance, size, text length.  The headers of the weights' files say how they are sampled
-(recipe.py).  What is written is read back and compared before the folder gets its name.
+(recipe.py).  What is written is read back and compared before the folder gets its name.  A pipeline folder has the hub's card,
+``README.md``, and ``--push ORG/NAME`` uploads it.
 """
 
 from __future__ import annotations
@@ -21,9 +22,12 @@ from train_t2i.choice import RunChoice
 from train_t2i.cli import parse_verb
 from train_t2i.config import EDIT_FAMILIES, flag
 from train_t2i.errors import EXIT_DONE, UserError
+from train_t2i.evaluation.table import read_given_table
+from train_t2i.push import check_push, upload
 
 FORMATS = ("pipeline", "merged", "lora", "kohya")
 ONE_FILE = ("lora", "kohya")
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}  # as torch calls them
 SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?) *(KB|MB|GB|TB)", re.IGNORECASE)
 
 
@@ -41,6 +45,10 @@ class ExportConfig(RunChoice):
     vae: str | None = flag(None, "VAE to use instead of the run's")
     dtype: str = flag("fp32", "number format of the saved weights", choices=("fp32", "fp16", "bf16"))
     max_shard_size: str = flag("10GB", "most bytes of a weights file: a number and KB, MB, GB or TB")
+    table: str | None = flag(None, "evaluation table to show in the card (JSON of the verb evaluate)")
+    push: str | None = flag(None, "repository of the hub, ORG/NAME, to upload the folder to; private")
+    push_public: bool = flag(False, "with --push: a public repository")
+    dry_run: bool = flag(False, "with --push: write the folder and list what would be uploaded")
 
 
 def refuse_existing(out: Path) -> None:
@@ -57,6 +65,10 @@ def check_asked(config: ExportConfig) -> None:
         raise UserError(f"--to {config.to}: not available", f"available: {', '.join(FORMATS)}")
     if config.to in ONE_FILE and config.max_shard_size != ExportConfig().max_shard_size:
         raise UserError(f"--max-shard-size does nothing for --to {config.to}, which is one file", "leave it out")
+    if config.to != "pipeline" and (config.table or config.push):
+        given = "--push" if config.push else "--table"
+        raise UserError(f"{given} does not go with --to {config.to}: only a pipeline has a card", "give --to pipeline")
+    check_push(config.push, public=config.push_public, dry_run=config.dry_run)
     if len(config.runs) != 1:
         raise UserError(f"{len(config.runs)} runs are given", "give the one run to export, OUTPUT_DIR/EXP_NAME")
     if config.out:
@@ -66,8 +78,10 @@ def check_asked(config: ExportConfig) -> None:
 def main(arguments: Sequence[str]) -> int:
     config = parse_verb(ExportConfig, "export", arguments)
     check_asked(config)
+    rows = read_given_table(config.table) if config.table else []
     import torch
 
+    from train_t2i.card import Card
     from train_t2i.export.denoiser import write_merged, write_pipeline
     from train_t2i.export.folders import new_folder, write_json
     from train_t2i.export.lora import write_kohya, write_lora
@@ -80,8 +94,11 @@ def main(arguments: Sequence[str]) -> int:
     )  # fmt: skip
     out = Path(config.out) if config.out else Path(str(model.run)) / config.to / f"step-{model.step}"
     refuse_existing(out)
-    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[config.dtype]
-    recipe = recipe_of(model)
+    dtype, recipe, needs_code = (
+        getattr(torch, DTYPES[config.dtype]),
+        recipe_of(model),
+        model.settings.run.method == "arcflow",
+    )
     with new_folder(out) as folder:
         if config.to in ONE_FILE:
             write = {"lora": write_lora, "kohya": write_kohya}[config.to]
@@ -90,10 +107,14 @@ def main(arguments: Sequence[str]) -> int:
             write_weights = {"pipeline": write_pipeline, "merged": write_merged}[config.to]
             write_weights(model, recipe, folder, dtype, config.max_shard_size)
         write_json(folder / "recommended.json", recipe.call)
+        if config.to == "pipeline":
+            Card(config.push or out.name, model, recipe.call, DTYPES[config.dtype], needs_code, rows).write(folder)
     call = ", ".join(f"{name}={value!r}" for name, value in recipe.call.items())
     print(f"{out}: pipe(prompt, {call})")
     if model.settings.run.model_family in EDIT_FAMILIES:
         print("its text encoder must be told which tokens are an image's: docs/supervised.md has the three lines")
-    if model.settings.run.method == "arcflow":
+    if needs_code:
         print(f"it is sampled with {out}/pipeline.py: docs/arcflow.md says how to load it")
+    if config.push:
+        print(upload(out, config.push, public=config.push_public, dry_run=config.dry_run))
     return EXIT_DONE
