@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,12 @@ from tiny_runs import pixels, record, refused, stopped_at
 import rewards
 from rewards.user import UserReward
 from shapes.bait import saturation
+from train_t2i.__main__ import main
 from train_t2i.checkpoint import RunFolder
 from train_t2i.errors import EXIT_DONE, EXIT_GAMED, EXIT_USER
 from train_t2i.metrics import recall, spread
 from train_t2i.report_data import read_run
+from train_t2i.sheet import SampleSheet
 
 # Colours alone are followed, from step 1 on, so fast that what the random towers see falls: within four steps it is a game.
 WATCHED = (
@@ -65,8 +68,6 @@ def test_a_reading_is_what_the_rewards_say_of_the_sheets_images(trainer, flags, 
 
 
 def test_diversity_and_recall_are_of_the_first_towers_features(trainer, flags, towers, images_table, monkeypatch):
-    from train_t2i.sheet import SampleSheet
-
     made, student = [], SampleSheet.student
 
     def kept(self, seed):
@@ -133,7 +134,15 @@ def test_scaling_takes_the_weights_down_in_the_loss(trainer, flags):
 
 def test_stopping_saves_names_the_last_good_checkpoint_and_stays_stopped(trainer, flags, monkeypatch):
     more = f"{flags} {EAGER} --checkpoint-steps 1 --checkpoints-total-limit 1 --max-train-steps 9 --auto-resume"
-    ended = trainer.ends("run", f"{more} --reward-guard stop")
+    saves = RunFolder.save
+
+    def slowly(self, *parts):  # the good checkpoint is still on its way to the disk when the verdict falls
+        time.sleep(0.3)
+        saves(self, *parts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "save", slowly)
+        ended = trainer.ends("run", f"{more} --reward-guard stop")
     run = trainer.root / "run"
     assert ended.code == EXIT_GAMED
     assert (run / ".exit_code").read_text() == f"{EXIT_GAMED}\n"
@@ -275,8 +284,6 @@ def test_a_function_that_is_no_reward_is_told():
 
 
 def test_the_report_draws_what_was_watched(trainer, flags, images_table):
-    from train_t2i.__main__ import main
-
     run = trainer.run("run", f"{flags} --monitor-reference {images_table} --max-train-steps 3")
     story = read_run(str(run))
     steps, values = story.series["mon/held_out_clip"]
