@@ -62,7 +62,13 @@ class BenchmarkConfig:
     out: str | None = flag(None, "JSON file to write")
 
 
-OF_WHOLE_STEPS = ("layouts", "sample_num_steps", "ratio_update", "lora_rank", "steps")  # which rewards alone have none of
+OF_WHOLE_STEPS = (
+    "layouts",
+    "sample_num_steps",
+    "ratio_update",
+    "lora_rank",
+    "steps",
+)  # which rewards alone have none of
 
 
 class Stopwatch:
