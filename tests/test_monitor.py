@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from tiny_runs import pixels, record, refused, stopped_at
 import rewards
 from rewards.user import UserReward
 from shapes.bait import saturation
+from train_t2i import monitor
 from train_t2i.__main__ import main
 from train_t2i.checkpoint import RunFolder
 from train_t2i.errors import EXIT_DONE, EXIT_GAMED, EXIT_USER
@@ -134,14 +136,25 @@ def test_scaling_takes_the_weights_down_in_the_loss(trainer, flags):
 
 def test_stopping_saves_names_the_last_good_checkpoint_and_stays_stopped(trainer, flags, monkeypatch):
     more = f"{flags} {EAGER} --checkpoint-steps 1 --checkpoints-total-limit 1 --max-train-steps 9 --auto-resume"
-    saves = RunFolder.save
+    judge, saves, asked, over = monitor.gamed, RunFolder.save, threading.Event(), threading.Event()
+
+    def gamed(*given):
+        found = judge(*given)
+        if found:
+            over.set()
+        asked.set()
+        return found
 
     def slowly(self, *parts):  # the good checkpoint is still on its way to the disk when the verdict falls
-        time.sleep(0.3)
+        if not over.is_set():
+            asked.clear()
+            asked.wait(10)
+            time.sleep(0.2)
         saves(self, *parts)
 
     with monkeypatch.context() as patch:
         patch.setattr(RunFolder, "save", slowly)
+        patch.setattr(monitor, "gamed", gamed)
         ended = trainer.ends("run", f"{more} --reward-guard stop")
     run = trainer.root / "run"
     assert ended.code == EXIT_GAMED
