@@ -93,6 +93,7 @@ ANNEXES = {
     "prepare": "train",
     "tables": "data",
     "prompts": "data",
+    "distinct": "data",
     "hub": "data",
     "pair_data": "data",
     "image_data": "data",

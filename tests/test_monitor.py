@@ -13,7 +13,6 @@ import torch
 from tiny_runs import pixels, record, refused, stopped_at
 
 import rewards
-from rewards.user import UserReward
 from shapes.bait import saturation
 from train_t2i import monitor
 from train_t2i.__main__ import main
@@ -271,26 +270,6 @@ def test_what_cannot_be_watched_is_told_before_it_trains(trainer, towers, prompt
     assert ended.code == EXIT_USER
     assert told in f"{ended.err}".replace("\nhint: ", " (")
     assert "Traceback" not in ended.err
-
-
-def test_a_function_that_is_no_reward_is_told():
-    images, prompts = torch.rand(3, 3, 4, 4, requires_grad=True), ["a", "b", "c"]
-    wrong = {
-        "returned (3, 3)": lambda images, prompts: images.mean(dim=(2, 3)),
-        "returned float": lambda images, prompts: 0.5,
-        "returned scores without a gradient": lambda images, prompts: images.detach().mean(dim=(1, 2, 3)),
-        "failed (KeyError: 'x')": lambda images, prompts: {}["x"],
-    }
-    for said, function in wrong.items():
-        with pytest.raises(rewards.RewardError) as told:
-            UserReward("my:own", function, torch.device("cpu"))(images, prompts)
-        assert f"my:own: {said}" in str(told.value)
-    extra = rewards.find("shapes.bait:saturation")(None)
-    (gradient,) = torch.autograd.grad(extra(images, prompts).sum(), images)
-    assert gradient.sum(dim=1).abs().max() < 1e-6  # what the largest colour gains, the smallest loses
-    assert float(gradient.abs().sum()) == pytest.approx(2 * 3, rel=1e-5)
-    with torch.no_grad():
-        assert extra(images, prompts).shape == (3,)
 
 
 # -- the report ------------------------------------------------------------------------------------------------------
