@@ -28,7 +28,6 @@ __all__ = [
     "RewardError",
     "WeightsReport",
     "find",
-    "inspect_weights",
 ]
 
 
@@ -63,7 +62,10 @@ class Builder:
         return cast(Reward, import_module(self.module).build(source, choices=choices, **options))
 
     def inspect(self, weights: str | Path | None, choices: Choices = OFFICIAL) -> WeightsReport:
-        """Whether a call would find what it needs, without building.  Raises RewardError."""
+        """Whether a call would find what it needs, file, header, every name and shape, without building.
+
+        Seconds at most, and no allocation to speak of, also for towers of a billion parameters.  Raises RewardError.
+        """
         source = self._source(weights)
         return cast(WeightsReport, import_module(self.module).inspect(source, choices=choices))
 
@@ -105,11 +107,3 @@ def find(name: str) -> Builder:
     if ":" in name:
         return Builder("rewards.user", function=name)
     raise RewardError(name, "is no reward", f"the rewards are {', '.join(REWARDS)}, and module:function for your own")
-
-
-def inspect_weights(name: str, weights: str | Path) -> WeightsReport:
-    """Checks a reward's weights at the start of a run: the files, the header, every name and shape.
-
-    Seconds at most, and no allocation to speak of, also for towers of a billion parameters.  Raises RewardError.
-    """
-    return find(name).inspect(weights)

@@ -16,7 +16,7 @@ source "$(dirname -- "${BASH_SOURCE[0]}")/tiny_world.sh"
 
 GAMED=9                                                  # exit code of --reward-guard stop
 BAIT="${BAIT:-30}"                                       # weight of the reward that is easily gamed
-WITHOUT=(CLIP_REWARD_MODEL=- HPSV2_REWARD_MODEL=- REWARD_CLIP_WEIGHT=- REWARD_HPS_WEIGHT=- MAGIC_PROMPT=- TINY_VAE=-)
+WITHOUT=(CLIP_REWARD_MODEL=- HPSV2_REWARD_MODEL=- REWARD_CLIP_WEIGHT=- REWARD_HPS_WEIGHT=- REWARD_MARGIN=- MAGIC_PROMPT=-)
 
 guarded() { # NAME GUARD FLAGS...: rewards from the cold start's checkpoint, watched by a tower that is in no loss
   local name="$1" guard="$2"
@@ -27,11 +27,11 @@ guarded() { # NAME GUARD FLAGS...: rewards from the cold start's checkpoint, wat
     --monitor-reference "$WORK/reference/metadata.csv" --reward-guard "$guard" "$@"
 }
 
-bait() { # GUARD: saturation alone is rewarded; a stop by the guard is what is wanted
+bait() { # GUARD WEIGHT: saturation alone is rewarded; a stop by the guard is what is wanted
   local code=0
   (
     export "${WITHOUT[@]}"
-    guarded "bait-$1" "$1" --extra-rewards "$BAIT*shapes.bait:saturation" --extra-reward-margin 1
+    guarded "bait-$1" "$1" --extra-rewards "$2*shapes.bait:saturation" --extra-reward-margin 1
   ) || code=$?
   [[ "$code" == 0 || ("$1" == stop && "$code" == "$GAMED") ]] || return "$code"
 }
@@ -43,7 +43,7 @@ XL_ODE_PRETRAIN_PATH="$(records ode "$ODE")" stage cold train cold_start_sdxl co
   --cold-start-iter "$COLD" --sample-steps 0
 stage recipe guarded recipe warn
 for guard in warn scale stop; do
-  stage "bait-$guard" bait "$guard"
+  stage "bait-$guard" bait "$guard" "$BAIT"
 done
 stage report "$PYTHON" -m train_t2i report "$WORK"/{recipe,bait-warn,bait-scale,bait-stop} --out "$WORK/report" \
   --title "Rewards that are watched"

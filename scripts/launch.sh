@@ -21,6 +21,7 @@ source "$SETUP_ROOT/scripts/tiny_data.sh"
 TINY="${TINY:-0}"
 [[ "$TINY" == 0 || "$TINY" == 1 ]] || setup_fail "TINY=$TINY: neither 0 nor 1" "set TINY=1 for the tiny world"
 ARGUMENTS=()
+# shellcheck disable=SC2034 # the launchers name files in it
 CHECKPOINTS="$SETUP_ROOT/checkpoints" # shipped and fetched weights
 
 setting() { # FLAG PUBLISHED [TINY]: one row; a column of "-" leaves the flag out
@@ -54,7 +55,7 @@ check_count() { # VARIABLE VALUE: before it is reckoned with, since bash would e
 }
 
 make_tiny_data() { # EXTRA ARGUMENTS...: what the tiny column names and nobody has made; nothing where the caller names other data
-  local folder="${OUTPUT_DIR:-runs}" argument pairs prompts
+  local folder="${OUTPUT_DIR:-runs}" argument pairs prompts model
   [[ "$TINY" == 1 && -z "${DATA_PATH_TRAIN+given}" ]] || return 0
   for argument in "$@"; do
     [[ ! "$argument" =~ ^(-h|--help|--dry[-_]run|--data[-_]path[-_]train) ]] || return 0
@@ -74,7 +75,8 @@ make_tiny_data() { # EXTRA ARGUMENTS...: what the tiny column names and nobody h
             [[ -e "$folder/edits" ]] || tiny_edits "$folder/edits"
             prompts="$folder/edits/metadata.json"
           fi
-          [[ -e "$pairs/metadata.csv" ]] || tiny_pairs "$pairs" "$prompts" 768 "$(sed 's/.*pairs_*//' <<<"$pairs")"
+          model="${pairs##*pairs}"
+          [[ -e "$pairs/metadata.csv" ]] || tiny_pairs "$pairs" "$prompts" 768 "${model#_}"
           ;;
       esac
     done

@@ -25,3 +25,16 @@ srpo() { # HPS of one wording relative to another; nobody published it for SDXL:
   setting reward-clip-weight  0.1                                     1
   setting reward-hps-weight   5
 }
+
+one_step_stage_2() { # REWARDS: of refl or srpo, from stage 1's checkpoint
+  local stage_1="${OUTPUT_DIR:-runs}/cold_start_sdxl/checkpoints/torch_units"
+  one_step
+  "$1"
+  setting exp-name            "dmdr_sdxl_$1"
+  setting resume-ckpt         "$stage_1/step-3000.pt"                 "$stage_1/step-100.pt"
+  setting learning-rate-gen   5e-8                                    5e-5
+  setting lr-scheduler        constant                                cosine
+  setting learning-rate-gui   5e-8                                    1e-3
+  setting cfg-r               7                                       "$TINY_GUIDANCE"
+  setting cold-start-iter     3000                                    100
+}

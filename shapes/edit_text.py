@@ -26,7 +26,7 @@ from transformers import (
 from shapes.edit_codes import SAID, directions, right
 from shapes.edit_rows import CUT, NAMED_CLASSES, Told, drawn, tell
 from shapes.edits import KINDS
-from shapes.long_text_encoders import new_qwen_vl
+from shapes.long_text_encoders import QwenRecipe, new_qwen_vl
 from shapes.muon import mark_tables
 from shapes.parallel import fit
 from shapes.render import COLOUR_RGB
@@ -39,14 +39,10 @@ Part = tuple[Told, Tensor, torch.Generator]  # rows, which of them, what is draw
 
 
 @dataclass(frozen=True)
-class QwenEditTextRecipe:
+class QwenEditTextRecipe(QwenRecipe):
     """It starts from the tiny Qwen-Image's encoder; a source of 64 px is 16 tokens, of patches two by two."""
 
     seed: int = 24
-    width: int = 96
-    heads: int = 3
-    feed_forward: int = 192
-    layers: int = 3
     vision_width: int = 40
     vision_feed_forward: int = 80
     patch_px: int = 8

@@ -21,6 +21,9 @@ from test_distributed import close_logs
 from tiny_runs import stopped_at
 from trainer import Trainer, flags_of
 
+from train_t2i.checkpoint import RunFolder
+from train_t2i.errors import EXIT_GAMED
+
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 
 BACKENDS = {"ddp": 4, "fsdp2": 2, "zero2": 2, "zero3": 2}  # and how many processes
@@ -63,10 +66,20 @@ CASES = {
         "--num-components 3 --mixing-steps 1 --distill-cfg 1 --ema-start 0 --teacher-cfg 1 --teacher-num-steps 2",
         1,
     ),
+    # colours are followed so fast that what the tower sees falls at the second step: rewards are scaled before the third
+    "watched": (
+        "dmdr",
+        "--sample-num-steps 2 --cold-start-iter 0 --extra-rewards 30*shapes.bait:saturation --extra-reward-margin 2 "
+        "--dmd-weight 1e-3 --learning-rate-gen 5e-2 --adam-epsilon 1e-4 --lr-warmup-steps 0 --max-grad-norm 1 "
+        "--monitor-rewards {watched} --monitor-seeds 3 --sample-steps 1 --guard-reward-drop 0 --guard-diversity-drop 0 "
+        "--reward-guard scale --max-train-steps 3",
+        1,
+    ),
 }
 LAUNCHER = {"fsdp2": "fsdp_flags", "zero2": "zero_stage2_file", "zero3": "zero_stage3_file"}
 LOADED = ("paired", "shared")  # all weights, a LoRA
-RESUMED = ("shared", "eight_bit", "arcflow")  # fmt: skip
+RESUMED = ("shared", "eight_bit", "arcflow", "watched")
+CODES = {"gamed": EXIT_GAMED}  # of runs that do not end well
 
 
 TWO = {"shared": "--use-lora-gen", "paired": ""}
@@ -81,6 +94,7 @@ class World:
         self.trainer = Trainer(root, flags, lambda: ("", ""))
         self.traffic: dict[str, Any] = {}
         self.rewards = f"--clip-reward-model {towers['clip']} --reward-margin 2"
+        self.watched = f"clip={towers['clip']}"
         self.models = {name: save_flow(root / name, name) for name in ("flux", "qwen_image")}
 
     def arguments(self, case: str, name: str, processes: int, more: str = "") -> list[str]:
@@ -88,7 +102,7 @@ class World:
         micro = micro if processes * micro <= ROWS and processes > 1 else 1
         batch = f"--batch-size {ROWS // (processes * micro)} --gradient-accumulation-steps {micro}"
         backend = f"--backend {self.backend}" if processes > 1 else ""
-        flags = f"{COMMON} {flags.format(rewards=self.rewards, **self.models)} {batch} {backend} {more}"
+        flags = f"{COMMON} {flags.format(rewards=self.rewards, watched=self.watched, **self.models)} {batch} {backend} {more}"
         return self.trainer.arguments(name, flags, method)
 
     def alone(self, case: str) -> Path:
@@ -107,6 +121,7 @@ class World:
             name = f"{case}-resumed"
             plans.append(Plan(f"{name}-1", self.arguments(case, name, self.processes, "--max-train-steps 1")))
             plans.append(Plan(name, self.arguments(case, name, self.processes, "--auto-resume")))
+        plans.append(Plan("gamed", self.arguments("watched", "gamed", self.processes, "--reward-guard stop")))
         for case in ("shared", "eight_bit"):
             moved = stopped_at(self.alone(case), 1, f"{case}-moved")
             plans.append(Plan(moved.name, [*self.arguments(case, moved.name, 1), *self.moved_flags()]))
@@ -136,7 +151,9 @@ def world(request, tmp_path_factory, sdxl_folder, tiny_vae_folder, prompts_file,
     made = World(root, request.param, flags, towers)
     plans = made.plans()
     reports = launch(root, made.processes, plans)
-    assert [report["codes"] for report in reports] == [{plan.name: 0 for plan in plans}] * made.processes
+    assert [report["codes"] for report in reports] == [
+        {plan.name: CODES.get(plan.name, 0) for plan in plans}
+    ] * made.processes
     made.traffic = reports[0]["traffic"]
     return made
 
@@ -217,6 +234,19 @@ def test_an_eight_bit_optimizer_trains_as_on_one_process(world):
 def test_a_resumed_run_is_the_same_bit_for_bit(world, case):
     tiny.assert_same_checkpoint(world.root / case, world.root / f"{case}-resumed", 2)
     tiny.assert_same_logs(world.root / case, world.root / f"{case}-resumed")
+
+
+def test_what_is_watched_is_read_and_judged_as_by_one_process(world):
+    """Readings and the guard's decisions, whatever is shared out; a stop is one on all processes (their exit codes)."""
+    run, alone, resumed = (
+        tiny.log_lines(folder, "monitor")
+        for folder in (world.root / "watched", world.alone("watched"), world.root / "watched-resumed")
+    )
+    close_logs(run, alone)
+    assert [line["guard_scale"] for line in run] == [1, 1, 1, 0.5]
+    assert run == resumed  # gone on with at step 1: what is judged at step 2 was read before
+    tiny.assert_same_checkpoint(world.root / "watched", world.root / "watched-resumed", 3)
+    assert RunFolder(world.root / "gamed").steps()[0] == 2
 
 
 def test_a_run_of_one_process_goes_on_here(world):

@@ -17,9 +17,12 @@ from train_t2i.benchmark import BenchmarkConfig
 
 def flags(sdxl: Path, prompts: Path, out: Path) -> list[str]:
     return shlex.split(
-        f"--pretrained-model {sdxl} --data-path-train {prompts} --out {out} --layouts shared "
-        "--resolution 32 --batch-size 2 --lora-rank 2 --ratio-update 2 --steps 1 --mixed-precision no"
+        f"--pretrained-model {sdxl} --data-path-train {prompts} --out {out} "
+        "--resolution 32 --batch-size 2 --mixed-precision no"
     )
+
+
+WHOLE_STEPS = shlex.split("--layouts shared --lora-rank 2 --ratio-update 2 --steps 1")
 
 
 @pytest.fixture
@@ -51,7 +54,7 @@ def in_this_process(monkeypatch) -> None:
 def test_a_row_says_where_the_time_of_a_step_goes(arguments, tiny_vae_folder, in_this_process, tmp_path, capsys):
     tower = write_folder(tmp_path / "clip", "clip")
     rewards = ["--clip-reward-model", str(tower), "--tiny-vae", str(tiny_vae_folder)]
-    assert main(["benchmark", *arguments, *rewards]) == 0
+    assert main(["benchmark", *arguments, *WHOLE_STEPS, *rewards]) == 0
     told = json.loads((tmp_path / "new" / "out.json").read_text())
     assert told["settings"]["ratio_update"] == 2
     assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == told["rows"]
@@ -92,6 +95,9 @@ def test_the_reward_stage_costs_less_memory_and_gives_the_same_gradient(argument
         ("--layouts shared,other", "--layouts other: unknown"),
         ("--size sdxl", "--size sdxl needs a CUDA device"),
         ("--part rewards", "--part rewards without a reward model"),
+        ("--part rewards --layouts shared", "--layouts does nothing with --part rewards"),
+        ("--part rewards --steps 2", "--steps does nothing with --part rewards"),
+        ("--part rewards --ratio-update 2", "--ratio-update does nothing with --part rewards"),
         ("--resolution 30", "multiples of 8"),
         ("--data-path-train /nowhere", "cannot read /nowhere"),
         ("--out /proc/none/out.json", "--out /proc/none/out.json: cannot be written"),
@@ -114,7 +120,7 @@ def test_an_interrupted_benchmark_keeps_its_rows(arguments, in_this_process, tmp
 
     monkeypatch.setattr("train_t2i.benchmark.measure", once)
     with pytest.raises(KeyboardInterrupt):
-        main(["benchmark", *arguments])
+        main(["benchmark", *arguments, *WHOLE_STEPS])
     assert json.loads((tmp_path / "new" / "out.json").read_text())["rows"] == [{"layout": "shared"}]
 
 

@@ -95,6 +95,7 @@ ANNEXES = {
     "environment": "train",
     "tables": "data",
     "prompts": "data",
+    "distinct": "data",
     "hub": "data",
     "pair_data": "data",
     "image_data": "data",

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from train_t2i import hub, prompts, tables
+from train_t2i import distinct, hub, prompts, tables
 from train_t2i.errors import EXIT_DISK, EXIT_USER, UserError
 from train_t2i.prompts import load_prompts
 
@@ -204,13 +204,13 @@ def test_more_files_than_may_be_open(tmp_path: Path, descriptors: int) -> None:
 
 @pytest.mark.parametrize("at_once", [1, 3, 1000])
 def test_different_ones_are_counted_a_share_at_a_time(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
-    monkeypatch.setattr(prompts, "HASHES_AT_ONCE", at_once)
+    monkeypatch.setattr(distinct, "HASHES_AT_ONCE", at_once)
     hashes = np.random.default_rng(1).integers(0, 2**64, 40, dtype=np.uint64)
     hashes = np.concatenate([hashes, hashes[:15], hashes[:5]])
     with tempfile.TemporaryFile() as file:
         file.write(hashes.tobytes())
         file.flush()
-        assert prompts.distinct(file, len(hashes)) == 40
+        assert distinct.distinct(file, len(hashes)) == 40
 
 
 # -- the hub ---------------------------------------------------------------------------------------------------------

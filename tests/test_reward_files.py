@@ -14,7 +14,7 @@ from open_clip.transformer import QuickGELU
 from reward_towers import PROMPTS, random_images, write_folder
 from safetensors.torch import save_file
 
-from rewards import REWARDS, RewardError, inspect_weights
+from rewards import REWARDS, RewardError
 from rewards import clip as clip_reward
 from rewards import hpsv2 as hps_reward
 from rewards.tower import VIT_H_14, empty_model, resolve
@@ -76,7 +76,7 @@ def test_every_form_of_file_gives_the_same_scores(form, good_folder, tmp_path):
     else:
         content = state if form == "flat.pt" else {"state_dict": state}
         torch.save(content, folder / form, _use_new_zipfile_serialization=form != "legacy.pt")
-    assert inspect_weights("clip", folder).num_tensors == len(state)
+    assert REWARDS["clip"].inspect(folder).num_tensors == len(state)
     assert read_shapes(folder / form) == {name: tuple(tensor.shape) for name, tensor in state.items()}
     images = random_images(2, 40, 40)
     tolerance = 5e-3 if form == "half.safetensors" else 0
@@ -206,9 +206,9 @@ def test_the_canary_does_sing(tmp_path):
 
 def test_a_file_of_another_architecture_is_named_as_such(good_folder, tmp_path):
     with pytest.raises(RewardError, match=r"open_clip_model\.safetensors: .* not the ViT-H-14 \(224 px\)"):
-        inspect_weights("hpsv2", good_folder / "open_clip_model.safetensors")
+        REWARDS["hpsv2"].inspect(good_folder / "open_clip_model.safetensors")
     with pytest.raises(RewardError, match="no such file"):
-        inspect_weights("hpsv2", tmp_path / "absent.pt")
+        REWARDS["hpsv2"].inspect(tmp_path / "absent.pt")
 
 
 CONFIG_DAMAGES = [
@@ -242,6 +242,6 @@ def test_damaged_config_gives_one_line(change, message, good_folder, tmp_path):
             (config if part == "preprocess_cfg" else config["model_cfg"])[part].update(values)
         path.write_text(json.dumps(config))
     with pytest.raises(RewardError, match=message) as caught:
-        inspect_weights("clip", folder)
+        REWARDS["clip"].inspect(folder)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)

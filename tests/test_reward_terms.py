@@ -11,9 +11,11 @@ import torch
 from reward_towers import PROMPTS, random_images
 from tiny_runs import refused
 
+import rewards
 from rewards import REWARDS, TOWERS
 from rewards.random_weights import write
 from rewards.tower import CosineReward
+from rewards.user import UserReward
 from shapes.bait import saturation
 from train_t2i.config import DMDRConfig
 from train_t2i.errors import EXIT_USER, UserError
@@ -129,3 +131,26 @@ def test_the_first_that_is_watched_tells_images_apart(trainer, folders):
 @pytest.mark.parametrize("name", REWARDS)
 def test_towers_are_those_with_features_of_images(name, folders):
     assert (name in TOWERS) == isinstance(REWARDS[name](folders[name]), CosineReward)
+
+
+# -- functions of one's own -------------------------------------------------------------------------------------------
+
+
+def test_a_function_that_is_no_reward_is_told():
+    images, prompts = torch.rand(3, 3, 4, 4, requires_grad=True), ["a", "b", "c"]
+    wrong = {
+        "returned (3, 3)": lambda images, prompts: images.mean(dim=(2, 3)),
+        "returned float": lambda images, prompts: 0.5,
+        "returned scores without a gradient": lambda images, prompts: images.detach().mean(dim=(1, 2, 3)),
+        "failed (KeyError: 'x')": lambda images, prompts: {}["x"],
+    }
+    for said, function in wrong.items():
+        with pytest.raises(rewards.RewardError) as told:
+            UserReward("my:own", function, torch.device("cpu"))(images, prompts)
+        assert f"my:own: {said}" in str(told.value)
+    extra = rewards.find("shapes.bait:saturation")(None)
+    (gradient,) = torch.autograd.grad(extra(images, prompts).sum(), images)
+    assert gradient.sum(dim=1).abs().max() < 1e-6  # what the largest colour gains, the smallest loses
+    assert float(gradient.abs().sum()) == pytest.approx(2 * 3, rel=1e-5)
+    with torch.no_grad():
+        assert extra(images, prompts).shape == (3,)

@@ -62,6 +62,15 @@ class BenchmarkConfig:
     out: str | None = flag(None, "JSON file to write")
 
 
+OF_WHOLE_STEPS = (
+    "layouts",
+    "sample_num_steps",
+    "ratio_update",
+    "lora_rank",
+    "steps",
+)  # which rewards alone have none of
+
+
 class Stopwatch:
     """Seconds by name; waits for the device, so that a phase pays for its own work."""
 
@@ -208,6 +217,11 @@ def check_benchmark(config: BenchmarkConfig, layouts: Sequence[str]) -> None:
     """All that can be known before the first model is loaded."""
     if unknown := sorted(set(layouts) - set(LAYOUTS)):
         raise UserError(f"--layouts {','.join(unknown)}: unknown", f"known: {', '.join(LAYOUTS)}")
+    for field in dataclasses.fields(config):
+        given = getattr(config, field.name) != field.default
+        if config.part == "rewards" and field.name in OF_WHOLE_STEPS and given:
+            flag_name = "--" + field.name.replace("_", "-")
+            raise UserError(f"{flag_name} does nothing with --part rewards", "leave it out, or take --part step")
     if config.size == "sdxl" and not torch.cuda.is_available():
         raise UserError(
             "--size sdxl needs a CUDA device", "give a small model as --pretrained-model with --size folder"

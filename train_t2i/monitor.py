@@ -6,7 +6,7 @@ Shapes: P prompts, S seeds of each; images (P, 3, H, W) in [0, 1]; features (P, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -39,28 +39,26 @@ MIN_PROMPTS = 2  # of which there is a mean and its error
 
 @dataclass(frozen=True)
 class Monitor:
-    """Reads on the processes that draw the sample sheet; touches no generator that training uses."""
+    """Scores images on the main process."""
 
-    sheet: SampleSheet
+    prompts: Sequence[str]
     terms: tuple[RewardTerm, ...]
     held_out: dict[str, rewards.Reward]
     tower: CosineReward  # whose features tell images apart
-    num_seeds: int
     reference: Tensor | None = None  # (M, D)
 
     @torch.no_grad()
-    def read(self, step: int, drawn: Tensor | None) -> Reading:
-        """A reading: P * S images, seed by seed.  ``drawn``: those of the first, where the sheet has just made them."""
+    def read(self, step: int, drawn: Iterable[Tensor]) -> Reading:
+        """A reading of P * S images; ``drawn``: P images of each of S seeds, seed by seed."""
         training: dict[str, list[Tensor]] = {}
         held_out: dict[str, list[Tensor]] = {}
         features = []
-        for seed in range(self.num_seeds):
-            images = drawn if drawn is not None and seed == 0 else self.sheet.student(seed)
+        for images in drawn:
             for term in self.terms:  # one of weight 0 is in no loss
-                scores = term.score(images, term.prompts(self.sheet.prompts), tick=0)
+                scores = term.score(images, term.prompts(self.prompts), tick=0)
                 (training if term.weight > 0 else held_out).setdefault(f"reward_{term.name}", []).append(scores)
             for name, reward in self.held_out.items():
-                held_out.setdefault(f"held_out_{name}", []).append(reward(images, self.sheet.prompts))
+                held_out.setdefault(f"held_out_{name}", []).append(reward(images, self.prompts))
             features.append(self.tower.encode_images(images).float().cpu())
         covered = recall(torch.cat(features), self.reference) if self.reference is not None else None
         return Reading(step, numbers(training), numbers(held_out), listed(spread(torch.stack(features))), covered)
@@ -104,15 +102,15 @@ def check(settings: Settings, num_prompts: int) -> tuple[list[str], list[Row]]:
 def build_monitor(
     settings: Settings, sheet: SampleSheet, terms: tuple[RewardTerm, ...], rows: Sequence[Row], dtype: torch.dtype
 ) -> Monitor | None:
-    """None where this process draws nothing, or nothing is watched.  Raises UserError."""
+    """None where nothing is watched, or another process scores what is drawn.  Raises UserError."""
     method = settings.method
-    if not sheet.draws or not isinstance(method, DMDRConfig) or not (paths := monitor_paths(method)):
+    if not (sheet.draws and sheet.writes) or not isinstance(method, DMDRConfig) or not (paths := monitor_paths(method)):
         return None
     device = sheet.device
     held_out = {name: build_reward(name, path, dtype, device, False) for name, path in paths.items()}
     tower = next(iter(held_out.values()))
     reference = encoded(rows, settings.size_px, tower.encode_images) if rows else None
-    return Monitor(sheet, terms, held_out, tower, method.monitor_seeds, reference)
+    return Monitor(sheet.prompts, terms, held_out, tower, reference)
 
 
 # -- in the loop -----------------------------------------------------------------------------------------------------
@@ -135,19 +133,21 @@ def good_step(settings: Settings, readings: Sequence[Reading]) -> int | None:
     return guard.last_good(judged(method, readings), tolerance_of(method))
 
 
-def stop_of(settings: Settings, readings: Sequence[Reading], folder: RunFolder) -> UserError | None:
-    """The end of a run whose rewards were gamed at its last reading, where ``--reward-guard stop`` says so."""
+def gamed(settings: Settings, readings: Sequence[Reading]) -> str:
+    """What was gamed at the last reading, in words; nothing unless ``--reward-guard stop`` ends the run for it."""
     method = settings.method
     if not isinstance(method, DMDRConfig) or method.reward_guard != "stop":
-        return None
-    why = told(guard.verdict(judged(method, readings), tolerance_of(method)))
-    if not why:
-        return None
+        return ""
+    return told(guard.verdict(judged(method, readings), tolerance_of(method)))
+
+
+def stop_of(settings: Settings, readings: Sequence[Reading], folder: RunFolder) -> UserError:
+    """The end of a run whose rewards were ``gamed``, once all its checkpoints are on the disk."""
     good = good_step(settings, readings)
     saved = (folder.record(step) for step in folder.steps() if good is not None and step <= good)
     path = next((path for path in saved if not folder.damage(path)), settings.run.resume_ckpt)
     return UserError(
-        f"reward guard: stopped at step {readings[-1].step} and saved: {why}",
+        f"reward guard: stopped at step {readings[-1].step} and saved: {gamed(settings, readings)}",
         f"last good checkpoint: {path}; start a new --exp-name from it with lower reward weights, or go on here with "
         "--auto-resume --reward-guard scale",
         EXIT_GAMED,
@@ -167,6 +167,15 @@ def due(run: Run) -> bool:
     return not taken and (step % cfg.sample_steps == 0 or step in (state.first_step, method.cold_start_iter))
 
 
+def read(run: Run, drawn: Iterable[Tensor]) -> Reading | None:
+    """The main process's reading; the others draw along where calls need all."""
+    if run.monitor:
+        return run.monitor.read(run.state.clock.step, drawn)
+    for _ in drawn:
+        pass
+    return None
+
+
 def watch(run: Run, drawn: Tensor | None) -> bool:
     """Take a reading where one is due, log it, and warn or scale the rewards where ``--reward-guard`` says so.
 
@@ -176,7 +185,7 @@ def watch(run: Run, drawn: Tensor | None) -> bool:
     if not due(run):
         return False
     run.begin("sample")
-    reading = run.engine.from_main(run.monitor.read(state.clock.step, drawn) if run.monitor else None)
+    reading = run.engine.from_main(read(run, run.sheet.students(method.monitor_seeds, drawn)))
     assert reading is not None
     run.log.reading(state.clock.step, state.samples_seen, reading.means() | {"guard_scale": state.clock.reward_scale})
     state.readings.append(reading)

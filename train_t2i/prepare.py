@@ -111,8 +111,8 @@ def prepare(settings: Settings, folder: RunFolder, engine: Engine, stop: StopReq
     cfg, kind = settings.run, METHODS[settings.run.method]
     resumed = find_resumed(settings, folder, engine)
     check_trains(settings, resumed.record["step"])
-    if resumed.continues and (gamed := monitor.stop_of(settings, readings_of(resumed.record), folder)):
-        raise gamed
+    if resumed.continues and monitor.gamed(settings, readings := readings_of(resumed.record)):
+        raise monitor.stop_of(settings, readings, folder)
     build.check_started(settings, engine.backend_name)
     found = [*engine.told, *reward_terms.check(settings.method)]
     build.check_initial(cfg)

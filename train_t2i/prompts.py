@@ -25,12 +25,12 @@ import xxhash
 from tqdm import tqdm
 
 from train_t2i import hub
+from train_t2i.distinct import distinct
 from train_t2i.errors import EXIT_DISK, UserError
 from train_t2i.tables import MAX_PROMPT_BYTES, PROMPT_COLUMNS, READERS, prompt_of, records, sound_blocks
 
 BOUNDS = np.dtype([("start", "<i8"), ("length", "<u2")])
 ROWS_AT_ONCE = 1 << 14
-HASHES_AT_ONCE = 1 << 20
 SLOW_S = 5.0  # from here on a progress bar is shown
 SUFFIXES = (".txt", *READERS)
 log = logging.getLogger(__name__)
@@ -276,26 +276,3 @@ def _chunks(prompts: Iterable[str]) -> Iterator[list[str]]:
             chunk = []
     if chunk:
         yield chunk
-
-
-# ---------------------------------------------------------------- how many are different
-
-
-def distinct(file: BinaryIO, count: int) -> int:
-    """How many of a file's ``count`` hashes (uint64) differ; a share of them, by their highest bits, in memory at a time."""
-    bits = max(0, (count - 1) // HASHES_AT_ONCE).bit_length()
-    total = 0
-    for part in range(1 << bits):
-        hashes = np.sort(_share(file, count, part, bits))
-        total += min(1, len(hashes)) + int(np.count_nonzero(hashes[1:] != hashes[:-1]))
-    return total
-
-
-def _share(file: BinaryIO, count: int, part: int, bits: int) -> np.ndarray:
-    """Those hashes whose highest ``bits`` bits are ``part``."""
-    file.seek(0)
-    found = []
-    for first in range(0, count, HASHES_AT_ONCE):
-        hashes = np.fromfile(file, np.uint64, min(HASHES_AT_ONCE, count - first))
-        found.append(hashes[hashes >> np.uint64(64 - bits) == part] if bits else hashes)
-    return np.concatenate(found)

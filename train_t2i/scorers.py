@@ -128,4 +128,4 @@ class Scorers:
 
 def weights_digest(kind: str, weights: str) -> str:
     """xxh3 of a reward's weights file: says in the table which weights a number comes from."""
-    return storage.digest(Path(rewards.inspect_weights(kind, weights).path))[1]
+    return storage.digest(Path(rewards.find(kind).inspect(weights).path))[1]

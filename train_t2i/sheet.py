@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -53,6 +53,7 @@ class SampleSheet:
     negative: str = ""
     writes: bool = True  # where calls need all processes, the others draw along
     _teacher: Tensor | None = field(default=None, repr=False)
+    _asked: list[tuple[list[int], Cond]] = field(default_factory=list, repr=False)
 
     @staticmethod
     def none() -> SampleSheet:
@@ -92,6 +93,14 @@ class SampleSheet:
         """(N, 3, H, W) in [0, 1]: the student's image of each prompt, with the noise of ``seed``; the sheet's is 0."""
         return self._images(self._student, seed)
 
+    def students(self, num_seeds: int, drawn: Tensor | None) -> Iterator[Tensor]:
+        """``student`` of seed 0, 1, ..., one after the other, on the processes that make images.
+
+        ``drawn``: that of seed 0, where it has just been made.
+        """
+        for seed in range(num_seeds if self.draws else 0):
+            yield drawn if drawn is not None and seed == 0 else self.student(seed)
+
     @torch.no_grad()
     def draw(self, step: int) -> Tensor | None:
         """Make the sheet; the student's images, on the processes that make any."""
@@ -110,14 +119,21 @@ class SampleSheet:
     def _images(self, sample: Callable[[Cond, Draw], Tensor], seed: int = 0) -> Tensor:
         """(N, 3, H, W): what ``sample`` makes of each prompt, rows of equal sources at once."""
         assert self.networks is not None
-        family = self.networks.family
         made: dict[int, Tensor] = {}
-        for group in alike(self.sources, len(self.prompts)):
-            sources = [self.sources[row] for row in group] if self.sources else ()
-            cond = family.encode([self.prompts[row] for row in group], self.negative, sources)
-            images = family.decode(sample(cond, Draw(SHEET_SEED, seed, group, cond.tokens.device)))
+        for group, cond in self._encoded():
+            images = self.networks.family.decode(sample(cond, Draw(SHEET_SEED, seed, group, cond.tokens.device)))
             made.update(zip(group, images, strict=True))
         return torch.stack([made[row] for row in range(len(self.prompts))])
+
+    def _encoded(self) -> list[tuple[list[int], Cond]]:
+        """The rows of equal sources and their conditioning: encoded once a run, since prompts and encoders stay."""
+        assert self.networks is not None
+        if not self._asked:
+            encode = self.networks.family.encode
+            for group in alike(self.sources, len(self.prompts)):
+                sources = [self.sources[row] for row in group] if self.sources else ()
+                self._asked.append((group, encode([self.prompts[row] for row in group], self.negative, sources)))
+        return self._asked
 
     def _student(self, cond: Cond, draw: Draw) -> Tensor:
         assert self.method is not None

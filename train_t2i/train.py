@@ -76,7 +76,7 @@ def after_step(run: Run) -> bool:
     last = step >= cfg.max_train_steps
     drawn = draw_sheet(run) if cfg.sample_steps and (step % cfg.sample_steps == 0 or last) else None
     watched = monitor.watch(run, drawn)
-    gamed = monitor.stop_of(run.settings, run.state.readings, run.folder) if watched else None
+    gamed = watched and bool(monitor.gamed(run.settings, run.state.readings))
     minutes = (time.monotonic() - run.saved_at) / 60
     due = cfg.checkpoint_minutes > 0 and minutes >= cfg.checkpoint_minutes
     stopping, on_time, failed = run.engine.any_process(run.stop.asked, due, run.saver.failed)
@@ -88,7 +88,7 @@ def after_step(run: Run) -> bool:
     if gamed or stopping or last:
         finish_save(run)
     if gamed:
-        raise gamed
+        raise monitor.stop_of(run.settings, run.state.readings, run.folder)
     if stopping and not last:
         run.log.say(f"stopped by a signal after step {step}; saved; go on with --auto-resume")
     return stopping and not last

@@ -43,6 +43,7 @@ marker=""
 [[ -z "$marker" ]] || rm -f -- "$marker"
 
 # To the step, since srun itself would end it by force
+# shellcheck disable=SC2329 # the trap calls it
 forward() { scancel --signal TERM "$SLURM_JOB_ID.0" 2>/dev/null || true; }
 trap forward TERM INT
 # a task's rank is the node's: SLURM_NODEID is known there only

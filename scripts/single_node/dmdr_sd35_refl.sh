@@ -10,6 +10,7 @@ refl cold_start_sd35 100
 #       flag                published   tiny world
 setting exp-name            dmdr_sd35_refl
 setting batch-size          2           32
+setting reward-batch-size   1           -
 setting learning-rate-gen   1e-7        2e-4
 setting learning-rate-gui   5e-9        1e-3
 setting reward-clip-weight  0.1         1
