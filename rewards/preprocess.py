@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -40,7 +41,8 @@ class Preprocess:
             images = self._fit_inside(images)
         else:
             images = self._fill_and_crop(images)
-        mean, std = (images.new_tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
+        made = (torch.tensor(values, dtype=images.dtype).view(3, 1, 1) for values in (self.mean, self.std))
+        mean, std = (values.to(images.device, non_blocking=True) for values in made)  # new_tensor waits for the device
         return (images - mean) / std
 
     def chosen(self, choices: Choices) -> Preprocess:

@@ -10,11 +10,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from rewards.base import check_rows
-from rewards.tower import CosineReward
+
+if TYPE_CHECKING:
+    from rewards.tower import CosineReward
 
 POSITIVE = ("Natural-lighting", "Detailed", "Realistic")
 NEGATIVE = ("Painting", "CG Render", "Oil")

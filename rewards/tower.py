@@ -245,7 +245,9 @@ class CosineReward(FrozenReward):
 
     def _encode_prompt(self, prompt: str) -> Tensor:
         if prompt not in self._features:
-            tokens = tokenize([prompt], self.model.context_length).to(self.device)  # (1, L), open_clip's own BPE
+            tokens = tokenize([prompt], self.model.context_length).to(
+                self.device, non_blocking=True
+            )  # (1, L), open_clip's own BPE
             # what evaluation caches under inference_mode must still serve training
             with torch.inference_mode(False), torch.no_grad(), torch.autocast(self.device.type, enabled=False):
                 features = self.model.encode_text(tokens).to(self.wide)

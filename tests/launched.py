@@ -79,14 +79,14 @@ def _signal(rank: int) -> Iterator[None]:
     """SIGTERM to process 1 alone, in the middle of a step."""
     from train_t2i.log import RunLog
 
-    flush: Callable[..., None] = RunLog.flush
+    flush: Callable[..., None] = RunLog.end_tick
 
     def interrupted(self: RunLog, tick: int, *rest: Any) -> None:
         flush(self, tick, *rest)
         if rank == 1 and tick == 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    with mock.patch.object(RunLog, "flush", interrupted):
+    with mock.patch.object(RunLog, "end_tick", interrupted):
         yield
 
 
@@ -123,7 +123,7 @@ def _counted(rank: int) -> Iterator[None]:
     from train_t2i import train
     from train_t2i.log import RunLog
 
-    flush: Callable[..., None] = RunLog.flush
+    flush: Callable[..., None] = RunLog.end_tick
     loop = train.loop
 
     def counted(self: RunLog, tick: int, *rest: Any) -> None:
@@ -139,7 +139,7 @@ def _counted(rank: int) -> Iterator[None]:
         TRAFFIC.sizes |= {role: count(networks.parameters(role)) for role in run.method.trains}
         return loop(run)
 
-    with mock.patch.object(RunLog, "flush", counted), mock.patch.object(train, "loop", sized):
+    with mock.patch.object(RunLog, "end_tick", counted), mock.patch.object(train, "loop", sized):
         yield
 
 

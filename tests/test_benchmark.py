@@ -48,7 +48,7 @@ def in_this_process(monkeypatch) -> None:
             value = call(*given)
             return type("Done", (), {"result": staticmethod(lambda: value)})
 
-    monkeypatch.setattr("train_t2i.benchmark.ProcessPoolExecutor", Here)
+    monkeypatch.setattr("train_t2i.benchmark.step.ProcessPoolExecutor", Here)
 
 
 def test_a_row_says_where_the_time_of_a_step_goes(arguments, tiny_vae_folder, in_this_process, tmp_path, capsys):
@@ -89,6 +89,26 @@ def test_the_reward_stage_costs_less_memory_and_gives_the_same_gradient(argument
     assert checkpointed["peak_mb"] < plain["peak_mb"]
 
 
+def test_the_published_schedule_makes_the_same_gradients_with_more_calls_and_memory(arguments, tmp_path, capsys):
+    more = ["--part", "published", "--batch-size", "3", "--sample-num-steps", "2"]
+    assert main(["benchmark", *arguments, *more]) == 0
+    rows = json.loads((tmp_path / "new" / "out.json").read_text())["rows"]
+    published, ours, checkpointed = rows
+    assert [row["schedule"] for row in rows] == ["published", "ours", "ours, checkpointed"]
+    for row in rows:
+        assert set(row["gradient_off_by"]) == {"generator", "guidance"}
+        assert all(off < 1e-4 for off in row["gradient_off_by"].values())
+        assert 0 < row["share_outside_network_calls"] < 1
+        assert row["seconds_of_a_step"]["network_forward"] + row["seconds_of_a_step"]["backward"] < row["seconds_step"]
+    assert published["of_published"] == {"seconds": 1, "peak": 1}
+    assert published["rows_through_the_network_step"] == 3 * (2 * (2 + 1) + 4)  # B (R (N + 1) + 4)
+    assert ours["rows_through_the_network_step"] == 30 - 5  # of the six rows simulated one drew the second level
+    assert checkpointed["rows_through_the_network_step"] == ours["rows_through_the_network_step"]
+    assert checkpointed["of_published"]["peak"] < ours["of_published"]["peak"] < 1
+    assert "text_encoding" in published["seconds_of_a_step"]
+    assert "text_encoding" not in ours["seconds_of_a_step"]
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [
@@ -105,7 +125,7 @@ def test_the_reward_stage_costs_less_memory_and_gives_the_same_gradient(argument
 )
 def test_mistakes_are_one_line_before_a_model_loads(arguments, more, said, monkeypatch, capsys):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    monkeypatch.setattr("train_t2i.benchmark.ProcessPoolExecutor", lambda *_, **__: pytest.fail("measures"))
+    monkeypatch.setattr("train_t2i.benchmark.step.ProcessPoolExecutor", lambda *_, **__: pytest.fail("measures"))
     assert main(["benchmark", *arguments, *more.split()]) in (2, 5)
     error = capsys.readouterr().err
     assert said in error
@@ -118,7 +138,7 @@ def test_an_interrupted_benchmark_keeps_its_rows(arguments, in_this_process, tmp
             raise KeyboardInterrupt
         return {"layout": layout}
 
-    monkeypatch.setattr("train_t2i.benchmark.measure", once)
+    monkeypatch.setattr("train_t2i.benchmark.step.measure", once)
     with pytest.raises(KeyboardInterrupt):
         main(["benchmark", *arguments, *WHOLE_STEPS])
     assert json.loads((tmp_path / "new" / "out.json").read_text())["rows"] == [{"layout": "shared"}]

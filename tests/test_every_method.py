@@ -44,7 +44,7 @@ def test_a_stop_in_the_middle_goes_on_as_if_it_had_not_been(method: str, trainer
     """SIGTERM in the second step: it is finished, saved and told; the same command ends where an unbroken run does."""
     flags = f"{FLAGS[method].format(flux=flux)} --batch-size 1 --max-train-steps 3 --sample-steps 3 --auto-resume"
     whole = trainer.run("whole", flags, method)
-    flush = RunLog.flush
+    flush = RunLog.end_tick
 
     def asked_to_stop(self: RunLog, tick: int, step: int, samples_seen: int) -> None:
         flush(self, tick, step, samples_seen)
@@ -52,7 +52,7 @@ def test_a_stop_in_the_middle_goes_on_as_if_it_had_not_been(method: str, trainer
             os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(RunLog, "flush", asked_to_stop)
+        patch.setattr(RunLog, "end_tick", asked_to_stop)
         assert trainer.ends("run", flags, method).code == EXIT_PREEMPTED
     run = trainer.root / "run"
     assert RunFolder(run).steps() == [2]

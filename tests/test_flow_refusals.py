@@ -16,8 +16,7 @@ from flow_models import FAMILIES, load_pipeline, save_flow
 from train_t2i.build import check_family_flags, latent_shape
 from train_t2i.config import Config
 from train_t2i.errors import UserError
-from train_t2i.families import FAMILIES as FLOW_FAMILIES
-from train_t2i.families import load_family
+from train_t2i.families import family_class, load_family
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +101,7 @@ def test_a_size_beyond_the_table_of_positions_is_refused_before_the_network_is_c
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_text_that_the_pipeline_would_refuse_is_refused(name: str, folders: dict[str, Path]) -> None:
     """The exported folder's call is told the length: the bound is the stock pipeline's own."""
-    limit = FLOW_FAMILIES[name].max_text_length
+    limit = family_class(name).max_text_length
     check_family_flags(Config(text_length=limit), name)
     with pytest.raises(UserError, match=f"--text-length {limit + 1}: the pipeline of {name} takes at most {limit}"):
         check_family_flags(Config(text_length=limit + 1), name)

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from train_t2i import benchmark, log
+from train_t2i.benchmark import step
 from train_t2i.engine import Engine
 from train_t2i.full_size import random_vit_h_14
 
@@ -58,11 +59,11 @@ def test_one_step_of_sdxl_with_both_rewards(
     monkeypatch.setattr(Engine, "autocast", lambda self: nullcontext())
     for owner, name in MULTIPLY:
         monkeypatch.setattr(owner, name, wide(getattr(owner, name)))
-    bench = benchmark.prepare(config, benchmark.settings_of(config, "shared", checkpointing=True))
+    bench = step.prepare(config, benchmark.settings_of(config, "shared", checkpointing=True))
     assert sum(p.numel() for p in bench.networks.modules["base"].parameters()) > 2.56e9
     before = {role: [p.detach().clone() for p in bench.networks.parameters(role)] for role in bench.method.trains}
     start = time.perf_counter()
-    benchmark.run_ticks(bench, bench.feed.ticks(0), 1, 1)
+    step.run_ticks(bench, bench.feed.ticks(0), 1, 1)
     seconds = time.perf_counter() - start
     for role in bench.method.trains:
         after = bench.networks.parameters(role)

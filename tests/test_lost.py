@@ -159,13 +159,13 @@ def late_to_tick(tick: int) -> None:
     """Come a second after the others to a tick: the main process has written its log alone."""
     from train_t2i.log import RunLog
 
-    flush = RunLog.flush
+    flush = RunLog.end_tick
 
     def late(self, done, *counters):
         flush(self, done, *counters)
         time.sleep(1 if done == tick else 0)
 
-    RunLog.flush = late
+    RunLog.end_tick = late
 
 
 @pytest.mark.parametrize("sleeper", [0, 1])

@@ -402,7 +402,7 @@ def test_network_calls_of_a_step_are_those_derived(family, monkeypatch, num_step
     """docs/performance.md: ratio (N + 3) + (3 + 1 + 2) with a backward as two: 41 at N = 4, ratio 5."""
     networks = tiny.networks(family, "paired")
     method, ratio = dmdr(networks, num_steps, ratio_update=5), 5
-    top = torch.tensor([0, num_steps - 1])
+    top = torch.tensor([num_steps - 1] * 2)  # every row goes to the end
     monkeypatch.setattr(type(method.level_times), "sample_index", lambda *args: top)
     forwards, backwards, seen, clock = 0, 0, 0, Clock()
     before = networks.num_calls
@@ -430,6 +430,24 @@ def test_the_simulation_stops_at_the_largest_level_drawn(family, monkeypatch):
         before = networks.num_calls
         method.rollout(Batch(range(2), PROMPTS[:2]), Clock())
         assert networks.num_calls - before == max(level) + 1
+
+
+def test_a_row_is_told_its_own_prompt_in_every_call_of_the_simulation(family, monkeypatch):
+    """Rows that have reached their level leave the batch: each row gets what it gets where all go to the end."""
+    networks = tiny.networks(family, "shared")
+    tiny.shake(networks.modules["base"])
+    method, batch = dmdr(networks, 4), Batch(range(4), PROMPTS[:2] * 2)
+    drawn = torch.tensor([1, 0, 3, 2])
+    monkeypatch.setattr(type(method.level_times), "sample_index", lambda *args: drawn)
+    with Rows(*networks.modules.values()) as rows:
+        mine = method.rollout(batch, Clock()).x0
+    assert rows == [4, 3, 2, 1]
+    for level in range(4):
+        alone = torch.full((4,), level)
+        monkeypatch.setattr(type(method.level_times), "sample_index", lambda *args, alone=alone: alone)
+        whole = method.rollout(batch, Clock()).x0
+        (row,) = (drawn == level).nonzero()[0].tolist()
+        torch.testing.assert_close(mine[row], whole[row], rtol=1e-4, atol=1e-5)
 
 
 # -- export ----------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-from train_t2i import pairs, storage, student
+from train_t2i import pair_rendering, storage, student
 from train_t2i.__main__ import main
 from train_t2i.config import Config
 from train_t2i.data import Order
@@ -84,14 +84,14 @@ def test_a_row_says_how_its_latent_was_made(whole, prompts_file, sdxl_folder):
 
 def test_a_stopped_run_goes_on_with_the_same_command(make, whole, tmp_path, monkeypatch):
     """Bitwise the files of an unbroken run; what was finished is not made again."""
-    out, write = tmp_path / "stopped", pairs.write_shard
+    out, write = tmp_path / "stopped", pair_rendering.write_shard
 
     def stop_at_the_second(config, model, prompts, rows, bar):
         if rows.start > 0:
             raise KeyboardInterrupt
         write(config, model, prompts, rows, bar)
 
-    monkeypatch.setattr(pairs, "write_shard", stop_at_the_second)
+    monkeypatch.setattr(pair_rendering, "write_shard", stop_at_the_second)
     with pytest.raises(KeyboardInterrupt):
         make(out, "--images")
     assert sorted(path.name for path in out.iterdir()) == [".lock", "images", "latents-00000.safetensors", "pairs.json"]
@@ -101,7 +101,7 @@ def test_a_stopped_run_goes_on_with_the_same_command(make, whole, tmp_path, monk
         made.append((rows.start, rows.stop))
         write(config, model, prompts, rows, bar)
 
-    monkeypatch.setattr(pairs, "write_shard", counted)
+    monkeypatch.setattr(pair_rendering, "write_shard", counted)
     first = (out / "latents-00000.safetensors").stat()
     assert make(out, "--images")[0] == EXIT_DONE
     assert made == [(3, 6), (6, 8)]
@@ -122,7 +122,7 @@ def test_a_run_that_is_killed_while_it_begins_can_begin_again(make, tmp_path, mo
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(pairs.storage, "rename", killed)
+        patched.setattr(pair_rendering.storage, "rename", killed)
         with pytest.raises(KeyboardInterrupt):
             make(tmp_path / "out")
     assert not (tmp_path / "out" / "pairs.json").exists()

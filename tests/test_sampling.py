@@ -134,22 +134,37 @@ def estimates(grid: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize("level", [[0, 3, 1, 2, 3], [1, 0, 1, 0, 0], [0, 0, 0, 0, 0], [2, 2, 2, 2, 2]])
 def test_each_row_keeps_its_own_estimate_and_the_run_stops_at_the_largest(level):
-    grid, calls, renoised = PATH.grid(4), [], []
+    grid, calls, asked, renoised = PATH.grid(4), [], [], []
 
-    def x0_at(x: Tensor, t: Tensor) -> Tensor:
+    def x0_of(x: Tensor, t: Tensor, rows: Tensor) -> Tensor:
         calls.append(float(t[0]))
+        asked.append(sorted(rows.tolist()))
         return student(x, t)
 
     def renoise(i: int) -> Tensor:
         renoised.append(i)
         return fresh(i)
 
-    kept = simulate_to(x0_at, PATH, grid, fresh(0), renoise, torch.tensor(level))
+    kept = simulate_to(x0_of, PATH, grid, fresh(0), renoise, torch.tensor(level))
     at = estimates(grid)
     for row, index in enumerate(level):
         assert torch.equal(kept[row], at[index][row])
     assert calls == grid[: max(level) + 1].tolist()
+    assert asked == [[row for row, own in enumerate(level) if own >= i] for i in range(max(level) + 1)]
     assert renoised == list(range(1, max(level) + 1))
+
+
+def test_where_calls_need_all_processes_every_one_is_made_whatever_was_drawn():
+    grid, asked = PATH.grid(4), []
+
+    def x0_of(x: Tensor, t: Tensor, rows: Tensor) -> Tensor:
+        asked.append(len(rows))
+        return student(x, t)
+
+    kept = simulate_to(x0_of, PATH, grid, fresh(0), fresh, torch.tensor([0, 1, 0, 1, 0]), whole=True)
+    at = estimates(grid)
+    assert all(torch.equal(kept[row], at[index][row]) for row, index in enumerate([0, 1, 0, 1, 0]))
+    assert asked == [5, 2, 1, 1]
 
 
 def test_few_step_is_the_last_estimate():

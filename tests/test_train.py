@@ -135,7 +135,7 @@ def test_when_checkpoints_are_saved(trainer, more, steps):
 def test_minutes_count_from_the_last_save(trainer, monkeypatch):
     from train_t2i import log, resume, run, train
 
-    clock, flush = SimpleNamespace(now=time.monotonic()), log.RunLog.flush
+    clock, flush = SimpleNamespace(now=time.monotonic()), log.RunLog.end_tick
     for module in (train, resume, run):
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock.now), raising=False)
 
@@ -143,9 +143,29 @@ def test_minutes_count_from_the_last_save(trainer, monkeypatch):
         clock.now += 40
         flush(self, *counters)
 
-    monkeypatch.setattr(log.RunLog, "flush", forty_seconds_later)
+    monkeypatch.setattr(log.RunLog, "end_tick", forty_seconds_later)
     made = trainer.run("run", "--max-train-steps 5 --batch-size 1 --checkpoint-minutes 1", "direct")
     assert RunFolder(made).steps() == [5, 4, 2]
+
+
+def test_what_is_logged_does_not_depend_on_when_it_is_written(trainer, monkeypatch):
+    """Every two steps, before a checkpoint, and at the end; a line an update all the same."""
+    from train_t2i.log import RunLog
+
+    every = trainer.run("every", "--max-train-steps 5 --batch-size 1", "direct")
+    written, write = [], RunLog.write
+
+    def noted(self):
+        lines = write(self)
+        written.append([line["step"] for _, line in lines])
+        return lines
+
+    monkeypatch.setattr(RunLog, "write", noted)
+    second = trainer.run(
+        "second", "--max-train-steps 5 --batch-size 1 --logging-steps 2 --checkpoint-steps 3", "direct"
+    )
+    tiny.assert_same_logs(every, second)
+    assert [lines for lines in written if lines] == [[1, 2], [3], [4], [5]]
 
 
 def test_the_logs_of_a_first_attempt_that_saved_nothing_are_cut(trainer):

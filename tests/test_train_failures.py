@@ -74,7 +74,7 @@ def test_a_good_update_starts_the_count_again_and_a_resume_does_not(trainer, mon
     poisoned(monkeypatch, "loss", range(100))
     ended = trainer.ends("run", "--max-train-steps 9 --max-skipped 3 --auto-resume")
     assert ended.code == EXIT_NON_FINITE
-    assert "stopped at step 4" in ended.err  # two were counted before
+    assert "stopped at step 5" in ended.err  # two were counted before
 
 
 def test_nothing_saved_yet(trainer, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from tiny_runs import refused
 
 from train_t2i import cli
 from train_t2i.__main__ import VERBS, main
+from train_t2i.families import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -31,11 +33,10 @@ def test_every_verb_has_help(capsys):
 
 
 def test_help_answers_before_anything_heavy_loads():
-    verbs = ["sample", "evaluate", "export", "gallery", "report", "fetch", "cache"]
     code = f"""
 import sys
 from train_t2i.__main__ import main
-for verb in {verbs}:
+for verb in {list(VERBS)}:
     try:
         main([verb, "--help"])
     except SystemExit:
@@ -64,6 +65,34 @@ def test_flags_of_verbs(monkeypatch):
 @pytest.mark.parametrize("verb", ["sample", "evaluate", "export", "gallery", "report", "fetch", "pairs", "cache"])
 def test_unknown_flags_and_bad_numbers_are_one_line(verb, capsys):
     assert "--nonsense" in refused(capsys, verb, "--nonsense")
+
+
+def test_a_run_loads_no_library_that_it_does_not_use(tmp_path, sdxl_folder, prompts_file):
+    """The first tick of a run waits for every import; each of these costs some of the ten seconds it may take."""
+    flags = shlex.split(
+        f"train --pretrained-model {sdxl_folder} --data-path-train {prompts_file} --output-dir {tmp_path} --resolution 32 "
+        "--mixed-precision no --batch-size 1 --batch-size-test 1 --lora-rank 2 --max-train-steps 1 --ratio-update 1 "
+        "--sample-steps 0 --checkpoint-steps 0 --cold-start-iter 9"
+    )
+    others = [f"train_t2i.families.{file}" for file, _ in FAMILIES.values() if file != "sdxl"]
+    unused = [
+        "open_clip",
+        "timm",
+        "deepspeed",
+        "wandb",
+        "tensorboard",
+        "matplotlib",
+        "datasets",
+        *others,
+    ]
+    code = f"""
+import sys
+from train_t2i.__main__ import main
+code = main({flags})
+print("RESULT", code, [name for name in {unused} if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "RESULT 0 []", done.stderr
 
 
 # -- loading a run ---------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from train_t2i.config import (
 )
 from train_t2i.config_checks import check_acts, check_backend
 from train_t2i.errors import UserError
-from train_t2i.families import FAMILIES, Family, family_of, load_family
+from train_t2i.families import Family, family_class, family_of, load_family
 from train_t2i.initial_weights import TAKES, load_generator_weights
 from train_t2i.methods import METHODS, Method, RewardTerm, Setting
 from train_t2i.networks import Networks, Role, build_networks
@@ -48,7 +48,7 @@ def check_family_flags(run: Config, family: str) -> None:
     """Raises UserError for a flag that this architecture has no use for, or that its exported pipeline would refuse."""
     if run.text_length and family == "sdxl":
         raise UserError("--text-length does nothing for sdxl, whose texts have 77 tokens", "leave it out")
-    if run.text_length > (limit := FAMILIES[family].max_text_length):
+    if run.text_length > (limit := family_class(family).max_text_length):
         raise UserError(
             f"--text-length {run.text_length}: the pipeline of {family} takes at most {limit}", f"e.g. {limit}"
         )

@@ -68,19 +68,22 @@ def parse_bool(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"{text!r} is neither on nor off")
 
 
-def field_type(kind: type, name: str) -> type:
-    """The plain type of a dataclass field: ``str | None`` is str."""
-    hint = typing.get_type_hints(kind)[name]
+def field_types(kind: type) -> dict[str, type]:
+    """The plain types of a dataclass's fields by name: ``str | None`` is str."""
+    return {name: plain_type(hint) for name, hint in typing.get_type_hints(kind).items()}
+
+
+def plain_type(hint: Any) -> type:
     if isinstance(hint, types.UnionType):
-        hint = next(a for a in typing.get_args(hint) if a is not type(None))
+        return next(a for a in typing.get_args(hint) if a is not type(None))
     return hint
 
 
 def add_flags(parser: argparse.ArgumentParser, kind: type, title: str) -> None:
-    group = parser.add_argument_group(title)
+    group, of_types = parser.add_argument_group(title), field_types(kind)
     for field in dataclasses.fields(kind):
         option = "--" + field.name.replace("_", "-")
-        of_type = field_type(kind, field.name)
+        of_type = of_types[field.name]
         shown = "" if field.default in (None, ()) else f" (default: {field.default!r})"
         extra: dict[str, Any] = {"type": of_type, "choices": field.metadata["choices"] or None}
         if of_type is bool:

@@ -131,6 +131,9 @@ class Config:
     num_train_epochs: int = flag(
         0, "passes over the data (sft, direct) instead of --max-train-steps; 0: that decides", resume="free", low=0
     )
+    logging_steps: int = flag(
+        1, "write the logs every so many steps; until then a tick does not wait for its numbers", resume="free", low=1
+    )
     sample_steps: int = flag(100, "sample images every so many steps; 0: never", resume="free", low=0)
     checkpoint_steps: int = flag(500, "save every so many steps; 0: only at the end", resume="free", low=0)
     checkpoint_minutes: float = flag(0.0, "save every so many minutes too; 0: never", resume="free", low=0)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from safetensors import safe_open
 from torch import Tensor
 
@@ -108,6 +107,8 @@ def _fuse_lora(family: Family, net: Any, state: dict[str, Tensor], source: str) 
 
 def _lora_settings(files: Sequence[Path]) -> dict[str, Any] | None:
     """What diffusers writes into a LoRA's header: its ranks and alphas.  None: there is nothing, alpha is the rank."""
+    from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+
     found: dict[str, Any] = {}
     for file in files:
         if file_kind(file) == "safetensors":

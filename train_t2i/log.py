@@ -1,5 +1,6 @@
 """Metrics -> JSON lines, log.txt, a progress bar, wandb and tensorboard; sample grids.
 
+Numbers stay on their device until ``write``: a tick that writes nothing does not wait for it.
 One line an update in ``loss_logs/loss_gen_log.jsonl`` and ``loss_gui_log.jsonl``, and one a reading of what is watched in
 ``monitor_log.jsonl``: always the same keys, null where a metric was not computed.  ``seconds_tick`` and ``peak_memory_gib`` (the main process's so far: of its GPU, or its resident
 memory on the CPU) are measured; everything else is a function of the run's settings.
@@ -39,6 +40,9 @@ GAP_PX = 2  # between the images of a grid
 WANDB_CLOUD = {"api.wandb.ai", "api.forge.coreweave.com"}  # two names of one service; a login holds for both
 
 
+Collected = dict[str, list[Tensor | float]]  # of a tick: metric -> its values, a micro-batch each
+
+
 class RunLog:
     """Writes on the main process only; ``mean`` averages a dict of numbers over processes (all of them call it).
 
@@ -61,7 +65,10 @@ class RunLog:
     ) -> None:
         self.root, self.is_main, self.mean, self.trackers = root, is_main, mean, trackers
         self.columns = {role: (*names, "grad_norm", "lr", "skipped") for role, names in columns.items()}
-        self._sums: dict[str, dict[str, list[Tensor | float]]] = {}
+        self._sums: dict[str, Collected] = {}
+        self._unwritten: list[
+            tuple[str, dict[str, float], Collected]
+        ] = []  # role, counters and what is measured, metrics
         self._latest: dict[str, float] = {}
         self._started = time.perf_counter()
         self._spoke = 0.0
@@ -72,27 +79,41 @@ class RunLog:
             (root / "loss_logs").mkdir(parents=True, exist_ok=True)
 
     def add(self, role: str, metrics: Mapping[str, Tensor | float]) -> None:
-        """Collect; tensors stay on their device until ``flush``."""
+        """Collect, over the micro-batches of a tick."""
         for name, value in metrics.items():
             self._sums.setdefault(role, {}).setdefault(name, []).append(value)
 
-    def flush(self, tick: int, step: int, samples_seen: int) -> None:
-        """Average what was collected over micro-batches and processes and write one line a role."""
+    def end_tick(self, tick: int, step: int, samples_seen: int) -> None:
+        """What was collected becomes a line a role, to be written later."""
         self._tick = tick
         now = time.perf_counter()
-        measured = {"seconds_tick": now - self._started, "peak_memory_gib": peak_memory_gib(self._device)}
+        counted: dict[str, float] = dict(zip(COUNTERS, (tick, step, samples_seen), strict=True))
+        counted |= {"seconds_tick": now - self._started, "peak_memory_gib": peak_memory_gib(self._device)}
         self._started = now
-        for role, collected in self._sums.items():
-            local = {name: _mean(values) for name, values in collected.items()}
-            means = self.mean(local)
-            unknown = set(means) - set(self.columns[role])
-            assert not unknown, f"undeclared metrics: {unknown}"
-            line: dict[str, Any] = dict(zip(COUNTERS, (tick, step, samples_seen), strict=True))
-            line |= {name: _jsonable(means.get(name)) for name in self.columns[role]} | measured
-            self._write(role, line)
-            self._latest |= {f"{role}/{name}": means[name] for name in means}
+        self._unwritten += [(role, counted, collected) for role, collected in self._sums.items()]
         self._sums = {}
-        self._show(step, tick, measured["seconds_tick"])
+
+    def write(self) -> list[tuple[str, dict[str, Any]]]:
+        """Average over micro-batches and processes, and write all that is not written yet: (role, line) in their order.
+
+        All processes call it.  Reads the device once.
+        """
+        lines, self._unwritten = self._unwritten, []
+        local = _means([collected for _, _, collected in lines])
+        means = self.mean({f"{i}/{name}": value for i, line in enumerate(local) for name, value in line.items()})
+        written = []
+        for i, ((role, counted, _), names) in enumerate(zip(lines, local, strict=True)):
+            found = {name: means[f"{i}/{name}"] for name in names}
+            unknown = set(found) - set(self.columns[role])
+            assert not unknown, f"undeclared metrics: {unknown}"
+            line: dict[str, Any] = {name: counted[name] for name in COUNTERS}
+            line |= {name: _jsonable(found.get(name)) for name in self.columns[role]} | counted
+            self._write(role, line)
+            self._latest |= {f"{role}/{name}": found[name] for name in names}
+            written.append((role, line))
+        if written:
+            self._show(line["step"], line["tick"], line["seconds_tick"])
+        return written
 
     def reading(self, step: int, samples_seen: int, values: Mapping[str, float | None]) -> None:
         """One line of what was watched after the last tick."""
@@ -147,10 +168,18 @@ def peak_memory_gib(device: torch.device | None) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / in_a_gib
 
 
-def _mean(values: Sequence[Tensor | float]) -> float:
-    if all(isinstance(v, float) for v in values):
-        return math.fsum(float(v) for v in values) / len(values)
-    return float(torch.stack([torch.as_tensor(v, dtype=torch.float32).cpu() for v in values]).mean())
+def _means(lines: Sequence[Collected]) -> list[dict[str, float]]:
+    """The mean of each metric of each line.  All tensors, which lie on one device, come in one transfer."""
+    tensors = [v for line in lines for values in line.values() for v in values if isinstance(v, Tensor)]
+    read = iter(torch.stack([v.detach().float() for v in tensors]).tolist() if tensors else [])
+    return [
+        {name: _mean([next(read) if isinstance(v, Tensor) else v for v in values]) for name, values in line.items()}
+        for line in lines
+    ]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return values[0] if len(values) == 1 else math.fsum(values) / len(values)
 
 
 def _jsonable(value: float | None) -> float | None:

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 import rewards
-from rewards.tower import CosineReward
 from train_t2i import guard
 from train_t2i.checkpoint import RunFolder
 from train_t2i.config import DMDRConfig, Settings
@@ -29,6 +28,7 @@ from train_t2i.rows import Row, load_rows
 from train_t2i.sheet import SampleSheet
 
 if TYPE_CHECKING:
+    from rewards.tower import CosineReward
     from train_t2i.run import Run
 
 MIN_PROMPTS = 2  # of which there is a mean and its error

@@ -64,7 +64,7 @@ def query_intervals(
     (1 - mixing) reach, the teacher's sum to mixing * reach.
     """
     student, teacher = precise(uniform_student), precise(uniform_teacher)
-    reach = torch.as_tensor(reach, dtype=student.dtype, device=student.device).reshape(-1, 1)
+    reach = torch.as_tensor(reach, dtype=student.dtype).to(student.device, non_blocking=True).reshape(-1, 1)
     start = torch.zeros_like(student[:, :1])
     # delta^S_j = (1 - rho) R (u_(j) - u_(j-1)), u_(0) = 0:  n draws in order, from the start of the segment
     ours = torch.cat([start, student.sort(dim=1).values], dim=1).diff(dim=1)

@@ -289,7 +289,7 @@ class CachedText:
         mask = torch.arange(tokens.shape[1]) < lengths[:, None]
         pooled = [part for _, part in found if part is not None]
         return Cond(
-            tokens.to(self.device),
-            torch.stack(pooled).to(self.device) if pooled else None,
-            None if bool(mask.all()) else mask.to(self.device),
+            tokens.to(self.device, non_blocking=True),
+            torch.stack(pooled).to(self.device, non_blocking=True) if pooled else None,
+            None if bool(mask.all()) else mask.to(self.device, non_blocking=True),
         )

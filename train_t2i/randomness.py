@@ -44,7 +44,7 @@ class Draw:
     def normal(self, stream: str, shape: Sequence[int]) -> Tensor:
         """(B, *shape) fp32, standard normal, drawn on the CPU whatever the device."""
         rows = [rng.standard_normal(tuple(shape), dtype=np.float32) for rng in self._rows(stream)]
-        return torch.from_numpy(np.stack(rows)).to(self.device, non_blocking=True)
+        return self._there(torch.from_numpy(np.stack(rows)))
 
     def uniform(self, stream: str, low: float = 0.0, high: float = 1.0) -> Tensor:
         """(B,) fp32, uniform in [low, high)."""
@@ -53,7 +53,7 @@ class Draw:
     def uniforms(self, stream: str, count: int) -> Tensor:
         """(B, count) fp32, uniform in [0, 1)."""
         rows = [rng.random(count, dtype=np.float32) for rng in self._rows(stream)]
-        return torch.from_numpy(np.stack(rows)).to(self.device, non_blocking=True)
+        return self._there(torch.from_numpy(np.stack(rows)))
 
     def beta(self, stream: str, a: float, b: float) -> Tensor:
         """(B,) fp32, Beta(a, b)."""
@@ -67,10 +67,14 @@ class Draw:
 
     def integers(self, stream: str, count: int) -> Tensor:
         """(B,) int64, uniform in 0..count-1."""
-        return torch.tensor([int(rng.integers(count)) for rng in self._rows(stream)], device=self.device)
+        return self._there(torch.tensor([int(rng.integers(count)) for rng in self._rows(stream)]))
 
     def _scalars(self, values: list[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=self.device)
+        return self._there(torch.tensor(values, dtype=torch.float32))
+
+    def _there(self, drawn: Tensor) -> Tensor:
+        """On the device, without a wait for it; a tensor that is made there from host values waits."""
+        return drawn.to(self.device, non_blocking=True)
 
 
 def seeded_noise(seeds: Sequence[int], shape: Sequence[int], devices: Sequence[str] = ()) -> Tensor:

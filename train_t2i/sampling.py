@@ -19,7 +19,7 @@ NEAR = 1e-4  # times that are nearer to one another than this are one
 
 def rows_at(time: Tensor, like: Tensor) -> Tensor:
     """A 0-dim time -> (B,) on ``like``'s device."""
-    return time.to(like.device, torch.float32).expand(len(like))
+    return time.to(like.device, torch.float32, non_blocking=True).expand(len(like))
 
 
 def few_step(x0_at: X0At, path: Path, grid: Tensor, noise: Tensor, renoise: Callable[[int], Tensor] | None) -> Tensor:
@@ -72,7 +72,7 @@ def trajectory(
 
 
 def simulate_to(
-    x0_at: X0At,
+    x0_of: Callable[[Tensor, Tensor, Tensor], Tensor],
     path: Path,
     grid: Tensor,
     noise: Tensor,
@@ -83,20 +83,25 @@ def simulate_to(
 ) -> Tensor:
     """Backward simulation (DMD2 section 4.4): run the student as at inference; (B, C, H, W) fp32.
 
-    Row b is the clean estimate that the student made at its own grid time ``level[b]`` (B,) int64.  The run stops at the
-    largest level drawn: max(level) + 1 network calls; ``whole`` makes all, whatever was drawn.
+    Row b is the clean estimate that the student made at its own grid time ``level[b]`` (B,) int64, on the host; a row that
+    has it takes part in no further call.  ``x0_of(x, t, rows)``: the estimate for some ``rows`` (n,) int64 of the batch.
+    The run stops at the largest level drawn: max(level) + 1 network calls; ``whole`` makes all, whatever was drawn.
     """
-    last = (
-        len(grid) - 2 if whole else int(level.max())
-    )  # read once, before the levels move: a comparison on the device would wait for it
-    level = level.to(noise.device)
+    order = level.argsort(descending=True, stable=True)  # those that go on longest come first
+    num_calls = len(grid) - 1 if whole else int(level.max()) + 1
+    # of how many rows an estimate is made at each time; the host decides, so nothing waits for the device
+    going = [int((level >= i).sum()) for i in range(num_calls)] + [0]
+    order = order.to(noise.device, non_blocking=True)
+    x, found = noise[order], []
+    for i in range(num_calls):
+        rows = order[: max(going[i], 1)]  # a call that other processes make too has a row at least
+        x = x[: len(rows)]
+        x0 = x0_of(x, rows_at(grid[i], x), rows).float()
+        found.append(x0[going[i + 1] : going[i]])
+        if i < num_calls - 1:
+            x = path.step(x, x0, rows_at(grid[i], x), rows_at(grid[i + 1], x), renoise(i + 1)[rows])
     kept = torch.empty_like(noise, dtype=torch.float32)
-    x = noise
-    for i in range(last + 1):
-        x0 = x0_at(x, rows_at(grid[i], x)).float()
-        kept = torch.where(per_row(level == i, x0), x0, kept)
-        if i < last:
-            x = path.step(x, x0, rows_at(grid[i], x), rows_at(grid[i + 1], x), renoise(i + 1))
+    kept[order] = torch.cat(found[::-1])
     return kept
 
 

@@ -61,7 +61,7 @@ class EpsilonVP:
 
     def alpha_sigma(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """Two (B, 1, 1, 1) fp32 factors: alpha = sqrt(abar), sigma = sqrt(1 - abar)."""
-        abar = self.alphas_cumprod.to(t.device)[self.levels(t)]
+        abar = self.alphas_cumprod.to(t.device, non_blocking=True)[self.levels(t)]
         return per_row(abar.sqrt(), like), per_row((1 - abar).sqrt(), like)
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:

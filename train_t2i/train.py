@@ -16,7 +16,6 @@ from train_t2i.checkpoint import RunFolder
 from train_t2i.config import Settings
 from train_t2i.engine import Engine, Flags
 from train_t2i.errors import EXIT_DISK, EXIT_DONE, EXIT_NON_FINITE, EXIT_PREEMPTED, UserError
-from train_t2i.networks import Role
 from train_t2i.prepare import learning_rate, prepare
 from train_t2i.resume import save
 from train_t2i.run import Run, StopRequest
@@ -48,11 +47,10 @@ def loop(run: Run) -> int:
             report = engine.step(role)
             if role == "generator" and (decay := method.ema_decay(state.clock.step)) is not None:
                 engine.average(role, decay)
-            count_skipped(run, role, report.skipped)
-            run.log.add(role, {"grad_norm": report.grad_norm, "lr": rate, "skipped": float(report.skipped)})
+            run.log.add(role, {"grad_norm": report.grad_norm, "lr": rate, "skipped": report.skipped})
         stepped = "generator" in roles
         state.advance(stepped, run.feed.global_batch)
-        run.log.flush(state.clock.tick, state.clock.step, state.samples_seen)
+        run.log.end_tick(state.clock.tick, state.clock.step, state.samples_seen)
         if stepped and after_step(run):
             return EXIT_PREEMPTED
     if engine.is_main:  # an earlier start may have been killed in its last prune
@@ -74,7 +72,10 @@ def after_step(run: Run) -> bool:
     """
     cfg, step = run.settings.run, run.state.clock.step
     last = step >= cfg.max_train_steps
-    drawn = draw_sheet(run) if cfg.sample_steps and (step % cfg.sample_steps == 0 or last) else None
+    draws = cfg.sample_steps > 0 and (step % cfg.sample_steps == 0 or last)
+    if step % cfg.logging_steps == 0 or draws or last or monitor.due(run):
+        write_log(run)
+    drawn = draw_sheet(run) if draws else None
     watched = monitor.watch(run, drawn)
     gamed = watched and bool(monitor.gamed(run.settings, run.state.readings))
     minutes = (time.monotonic() - run.saved_at) / 60
@@ -84,6 +85,7 @@ def after_step(run: Run) -> bool:
         finish_save(run)
     if gamed or stopping or last or on_time or (cfg.checkpoint_steps and step % cfg.checkpoint_steps == 0):
         run.begin("save")
+        write_log(run)  # a run that goes on from here writes the lines that come after it
         save(run)
     if gamed or stopping or last:
         finish_save(run)
@@ -108,13 +110,19 @@ def finish_save(run: Run) -> None:
         raise UserError("the main process could not save", "see its message", EXIT_DISK)
 
 
-def count_skipped(run: Run, role: Role, skipped: bool) -> None:
+def write_log(run: Run) -> None:
+    """Write the lines of the ticks since the last time.  Raises UserError after too many non-finite updates in a row."""
+    for role, line in run.log.write():
+        count_skipped(run, role, line["tick"], line["skipped"] > 0)
+
+
+def count_skipped(run: Run, role: str, tick: int, skipped: bool) -> None:
     """Stop after too many non-finite updates of a role in a row."""
     state, limit = run.state, run.settings.run.max_skipped
     count = state.skipped_in_a_row[role] = state.skipped_in_a_row.get(role, 0) + 1 if skipped else 0
     if not skipped:
         return
-    run.log.say(f"tick {state.clock.tick}: non-finite loss or gradient, {role} update skipped ({count} in a row)")
+    run.log.say(f"tick {tick}: non-finite loss or gradient, {role} update skipped ({count} in a row)")
     if count >= limit:
         run.saver.wait()
         good = run.folder.latest()

@@ -36,10 +36,13 @@ DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class StepReport:
-    """What an update did: the gradient norm before clipping, and whether it was skipped as non-finite."""
+    """What an update did: () the gradient norm before clipping, and () 1 where it was skipped as non-finite, else 0.
 
-    grad_norm: float
-    skipped: bool
+    Both lie on the device: who reads them waits for it.
+    """
+
+    grad_norm: Tensor
+    skipped: Tensor
 
 
 class Engine:
@@ -117,24 +120,31 @@ class Engine:
         self.backend.backward(role, loss, self.scales[role].scale, last)
 
     def step(self, role: str) -> StepReport:
-        """Average over processes, agree on finiteness, clip, step, zero."""
+        """Average over processes, agree on finiteness, clip, step, zero.
+
+        Waits for the device only where the host has to know: for an optimizer that cannot skip by itself, or a loss scale.
+        """
         scale = self.scales[role]
         norm = self.backend.gradient_norm(role, scale.scale)
-        (bad,) = self._agree((self._bad[role] | ~torch.isfinite(norm)).reshape(1))
+        skipped = self._vote(self._bad[role] | ~torch.isfinite(norm))
         self._bad[role].zero_()
+        if not scale.enabled and self.backend.skips_on_device(role):
+            self.backend.update(role, norm, self.max_grad_norm, skipped)
+            return StepReport(norm, skipped)
+        bad = bool(skipped)
         if bad:
             self.backend.skip(role)
         else:
             self.backend.update(role, norm, self.max_grad_norm)
         scale.update(bad)
-        return StepReport(float(norm), bad)
+        return StepReport(norm, skipped)
 
-    def _agree(self, flags: Tensor) -> list[bool]:
-        """Each of (N,) true on all processes if it is true on one; one vote for all."""
+    def _vote(self, flags: Tensor) -> Tensor:
+        """fp32 of the same shape: 1 on all processes where a flag is set on one."""
         votes = flags.float()
         if self.world > 1:
             dist.all_reduce(votes, op=dist.ReduceOp.MAX)
-        return [vote > 0 for vote in votes.tolist()]
+        return votes
 
     def average(self, role: str, decay: float) -> None:
         """Bring the role's moving average up to its weights: ema <- weights + decay (ema - weights)."""
@@ -179,8 +189,10 @@ class Engine:
         return value if self.world == 1 else broadcast_object_list([value])[0]
 
     def any_process(self, *flags: bool) -> list[bool]:
-        """For each flag, whether it is set on any process."""
-        return self._agree(torch.tensor(flags, device=self.device))
+        """For each flag, whether it is set on any process; one vote for all."""
+        if self.world == 1:
+            return list(flags)
+        return [vote > 0 for vote in self._vote(torch.tensor(flags, device=self.device)).tolist()]
 
     def mean(self, values: dict[str, float]) -> dict[str, float]:
         """The mean over processes, key by key."""

@@ -45,8 +45,12 @@ class Backend(Protocol):
         """Average the gradients over processes, take ``scale`` out of them; () their norm, not finite if one is not."""
         ...
 
-    def update(self, role: str, norm: Tensor, max_norm: float) -> None:
-        """Clip to ``max_norm`` (0: never), step, and drop the gradients."""
+    def skips_on_device(self, role: str) -> bool:
+        """Whether ``update`` takes a ``skipped``."""
+        ...
+
+    def update(self, role: str, norm: Tensor, max_norm: float, skipped: Tensor | None = None) -> None:
+        """Clip to ``max_norm`` (0: never), step, and drop the gradients; only the last where () ``skipped`` is 1."""
         ...
 
     def skip(self, role: str) -> None:
@@ -98,10 +102,16 @@ class _Plain:
     def norm(self, gradients: list[Tensor]) -> Tensor:
         return torch.nn.utils.get_total_norm(gradients)
 
-    def update(self, role: str, norm: Tensor, max_norm: float) -> None:
+    def skips_on_device(self, role: str) -> bool:
+        return isinstance(self.optimizers[role], torch.optim.AdamW)  # fused: see make_adam
+
+    def update(self, role: str, norm: Tensor, max_norm: float, skipped: Tensor | None = None) -> None:
         if max_norm > 0:
             torch.nn.utils.clip_grads_with_norm_(self.tensors[role], max_norm, norm)
-        self.optimizers[role].step()
+        optimizer: Any = self.optimizers[role]
+        optimizer.found_inf = skipped  # how torch.amp.GradScaler tells a fused optimizer: it reads it on the device
+        optimizer.step()
+        optimizer.found_inf = None
         self.skip(role)
 
     def skip(self, role: str) -> None:

@@ -79,7 +79,10 @@ class ZeRO:
         norm = torch.as_tensor(norm, device=self.device).float()
         return torch.where(norm < 0, torch.nan, norm) / scale  # DeepSpeed's -1 means not finite
 
-    def update(self, role: str, norm: Tensor, max_norm: float) -> None:
+    def skips_on_device(self, role: str) -> bool:
+        return False
+
+    def update(self, role: str, norm: Tensor, max_norm: float, skipped: Tensor | None = None) -> None:
         self.engines[role].optimizer.step()
 
     def skip(self, role: str) -> None:

@@ -1,30 +1,26 @@
-"""Model families by name, and the look that tells which one a folder holds."""
+"""Model families by name, and the look that tells which one a folder holds.
+
+Importing this loads no model library: a family's own file, and its pipeline with it, is imported when it is asked for.
+"""
 
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from pathlib import Path as FilePath
 from typing import Any
 
-import diffusers
-import transformers
-
 from train_t2i.errors import UserError
 from train_t2i.families.base import Cond, Family, FamilyOptions, Source
-from train_t2i.families.flux import FLUX
-from train_t2i.families.loading import told
-from train_t2i.families.qwen_image import QwenImage
-from train_t2i.families.qwen_image_edit import QwenImageEdit, QwenImageEditPlus
-from train_t2i.families.sd3 import SD3
-from train_t2i.families.sdxl import SDXL
 
-diffusers.utils.logging.disable_progress_bar()
-transformers.utils.logging.disable_progress_bar()
-
-FAMILIES: dict[str, Any] = {
-    "sdxl": SDXL, "sd3": SD3, "flux": FLUX, "qwen_image": QwenImage, "qwen_image_edit": QwenImageEdit,
-    "qwen_image_edit_plus": QwenImageEditPlus,
-}  # fmt: skip
+FAMILIES = {  # name -> its file and class
+    "sdxl": ("sdxl", "SDXL"),
+    "sd3": ("sd3", "SD3"),
+    "flux": ("flux", "FLUX"),
+    "qwen_image": ("qwen_image", "QwenImage"),
+    "qwen_image_edit": ("qwen_image_edit", "QwenImageEdit"),
+    "qwen_image_edit_plus": ("qwen_image_edit", "QwenImageEditPlus"),
+}
 
 PIPELINES = {
     "StableDiffusionXLPipeline": "sdxl",
@@ -35,7 +31,13 @@ PIPELINES = {
     "QwenImageEditPlusPipeline": "qwen_image_edit_plus",
 }
 
-__all__ = ["FAMILIES", "Cond", "Family", "FamilyOptions", "Source", "family_of", "load_family"]
+__all__ = ["FAMILIES", "Cond", "Family", "FamilyOptions", "Source", "family_class", "family_of", "load_family"]
+
+
+def family_class(name: str) -> Any:
+    """The class of a family by its name."""
+    file, kind = FAMILIES[name]
+    return getattr(import_module(f"{__name__}.{file}"), kind)
 
 
 def family_of(model: str) -> str:
@@ -44,8 +46,12 @@ def family_of(model: str) -> str:
     if path.is_file():
         return "sdxl"
     if not path.is_dir():
+        from diffusers import DiffusionPipeline
+
+        from train_t2i.families.loading import told
+
         with told(model, "--pretrained-model"):
-            name = diffusers.DiffusionPipeline.load_config(model)["_class_name"]
+            name = DiffusionPipeline.load_config(model)["_class_name"]
         return _known(name, f"{model}: model_index.json")
     index = path / "model_index.json"
     if not index.is_file():
@@ -68,4 +74,5 @@ def _known(name: str, index: str) -> str:
 
 def load_family(name: str, model: str, **options: Any) -> Family:
     """Build the family ``name`` ("auto" looks at the model) on ``model``; ``options`` as in FamilyOptions."""
-    return FAMILIES[family_of(model) if name == "auto" else name].from_pretrained(model, FamilyOptions(**options))
+    kind = family_class(family_of(model) if name == "auto" else name)
+    return kind.from_pretrained(model, FamilyOptions(**options))

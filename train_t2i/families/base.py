@@ -83,6 +83,17 @@ class Cond:
             context=tuple(torch.cat([c, c]) for c in self.context),
         )
 
+    def take(self, rows: Tensor) -> Cond:
+        """Some ``rows`` (n,) int64, without their negative."""
+
+        def taken(part: Tensor | None) -> Tensor | None:
+            return None if part is None else part[rows]
+
+        return replace(
+            self, tokens=self.tokens[rows], pooled=taken(self.pooled), mask=taken(self.mask), negative=None,
+            guidance=taken(self.guidance), context=tuple(part[rows] for part in self.context),
+        )  # fmt: skip
+
     def expand(self, rows: int) -> Cond:
         """One row, seen ``rows`` times; nothing is copied."""
 

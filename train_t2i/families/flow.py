@@ -176,7 +176,7 @@ class FlowFamily:
         if self.options.shift is not None:
             return shift_time(rank, self.options.shift)
         height, width = latent_size
-        table = self._own_times(height * self.vae_factor, width * self.vae_factor).to(rank.device)
+        table = self._own_times(height * self.vae_factor, width * self.vae_factor).to(rank.device, non_blocking=True)
         return table[((1 - rank) * len(table)).long().clamp(max=len(table) - 1)]
 
     @lru_cache(maxsize=256)  # noqa: B019 - a family lives as long as its run

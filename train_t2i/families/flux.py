@@ -64,7 +64,7 @@ class FLUX(FlowFamily):
         """``cond`` with the number, or (B,) numbers, that a guidance-distilled network is told; others take none."""
         if not self.config.get("guidance_embeds"):
             return cond
-        told = torch.as_tensor(guidance, dtype=torch.float32, device=cond.tokens.device)
+        told = torch.as_tensor(guidance, dtype=torch.float32).to(cond.tokens.device, non_blocking=True)
         return replace(cond, guidance=told.expand(len(cond.tokens)))
 
     def call_options(self, cfg: float) -> dict[str, Any]:

@@ -93,7 +93,7 @@ class QwenImage(FlowFamily):
     def _moments(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and deviation of the latent channels, (1, C, 1, 1) each."""
         config = self.vae.config
-        mean, std = torch.tensor([config.latents_mean, config.latents_std], device=like.device)
+        mean, std = torch.tensor([config.latents_mean, config.latents_std]).to(like.device, non_blocking=True)
         return mean.reshape(1, -1, 1, 1), std.reshape(1, -1, 1, 1)
 
     def decode(self, z: Tensor, *, fast: bool = False) -> Tensor:

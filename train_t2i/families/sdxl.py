@@ -112,7 +112,7 @@ class SDXL:
     def call(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         height, width = x_t.shape[-2] * self.vae_factor, x_t.shape[-1] * self.vae_factor
         # SDXL (arXiv 2307.01952) section 2.2: original size, crop corner, target size
-        size = torch.tensor([height, width, 0, 0, height, width], device=x_t.device, dtype=torch.float32)
+        size = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32).to(x_t.device, non_blocking=True)
         told = {"text_embeds": cond.pooled, "time_ids": size.expand(len(x_t), 6)}
         levels = self.path.levels(t)
         return net(x_t, levels, encoder_hidden_states=cond.tokens, added_cond_kwargs=told, return_dict=False)[0]

@@ -110,7 +110,10 @@ class ArcFlow(Method):
             loss, x = self._segment(role, rollout, x, i, mixing)
             reported = loss.detach()
             # sum_s l_s L_s with equal lengths l_s, which sum to 1
-            yield loss / self.parts, {"loss": reported, f"loss_segment_{i}": reported, "mixing": torch.tensor(mixing)}
+            yield (
+                loss / self.parts,
+                {"loss": reported, f"loss_segment_{i}": reported, "mixing": reported.new_full((), mixing)},
+            )
 
     def _segment(self, role: Role, rollout: Rollout, x: Tensor, i: int, mixing: float) -> tuple[Tensor, Tensor]:
         """(loss of the segment, where its way ends (B, C, H, W))."""

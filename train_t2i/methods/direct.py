@@ -60,17 +60,17 @@ class Direct(Method):
     def rollout(self, batch: Batch, clock: Clock) -> Rollout:
         setting, family = self.setting, self.setting.family
         if batch.latents is not None:
-            target = batch.latents.to(setting.device)
+            target = batch.latents.to(setting.device, non_blocking=True)
         else:
             assert batch.images is not None
-            target = family.to_latents(batch.images.to(setting.device))
+            target = family.to_latents(batch.images.to(setting.device, non_blocking=True))
         shape = target.shape[1:]
         draw = setting.draw(clock, batch.indices)
         return Rollout(
             family.encode(batch.prompts, None, batch.sources),
-            seeded_noise(batch.seeds, shape, batch.rand_devices).to(setting.device),
+            seeded_noise(batch.seeds, shape, batch.rand_devices).to(setting.device, non_blocking=True),
             target,
-            None if batch.states is None else batch.states.to(setting.device),
+            None if batch.states is None else batch.states.to(setting.device, non_blocking=True),
             self._grid(batch.num_steps),
             (lambda i: draw.normal(f"renoise/{i}", shape)) if setting.sample_type == "sde" else None,
         )

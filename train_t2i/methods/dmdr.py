@@ -6,7 +6,7 @@ Shapes: B rows; C H W latent; t (B,) fp32 in [0, 1].
 
 Departures from the paper and its published code:
 1. Guidance weights are drawn a row, not a batch and process, so no result depends on how rows are batched.
-2. Backward simulation stops at the largest level drawn; its later calls would not be used.
+2. Backward simulation ends for each row at the level that it drew; its later calls would not be used.
 3. Times are clamped to [0.02, 0.98] (DMD2) instead of reaching 0 and 1.
 4. The guidance network's times follow the same sampler as the scores' (the code hard-coded Beta(4, 1.5)).
 5. With rectified flow the deterministic simulation ends at t = 0 instead of 0.001.
@@ -80,7 +80,7 @@ class DMDR(Method):
         draw = setting.draw(clock, batch.indices)
         level = self.level_times.sample_index(draw.on_host(), "level", clock.step, setting.grid)
         x0 = self._simulated(cond, draw, level)
-        t = setting.grid.to(setting.device)[level.to(setting.device)]
+        t = setting.grid.to(setting.device, non_blocking=True)[level.to(setting.device, non_blocking=True)]
         fresh = draw.normal("student_input", setting.latent_shape)
         # At the top of its grid the student starts from pure noise, whatever level conditions it there.
         x_t = torch.where(per_row(t == setting.grid[0], x0), fresh, self.path.add_noise(x0, fresh, t))
@@ -90,14 +90,13 @@ class DMDR(Method):
         """(B, C, H, W) what the student makes: along the ODE its finished sample, else its estimate at each row's level."""
         setting = self.setting
 
-        def x0_at(x: Tensor, t: Tensor) -> Tensor:
-            return self.networks.x0("generator", x, t, cond)
-
         noise = draw.normal("simulation/0", setting.latent_shape)
         if setting.sample_type == "ode":
-            return few_step(x0_at, self.path, setting.grid, noise, None)
+            return few_step(
+                lambda x, t: self.networks.x0("generator", x, t, cond), self.path, setting.grid, noise, None
+            )
         return simulate_to(
-            x0_at,
+            lambda x, t, rows: self.networks.x0("generator", x, t, cond.take(rows)),
             self.path,
             setting.grid,
             noise,

@@ -59,7 +59,7 @@ class SFT(Method):
 
     def _encode(self, batch: Batch) -> tuple[Cond, Tensor]:
         assert batch.images is not None
-        family, images = self.setting.family, batch.images.to(self.setting.device)
+        family, images = self.setting.family, batch.images.to(self.setting.device, non_blocking=True)
         parts = images.split(self.config.vae_mini_batch or len(images))
         latents = torch.cat([family.to_latents(part) for part in parts])
         return family.encode(batch.prompts, "", batch.sources), latents
@@ -105,8 +105,8 @@ def noise_rank(config: SFTConfig, draw: Draw) -> Tensor:
     if config.uniform_sampling:
         # Kronecker sequence of the golden ratio: any run of indices is spread evenly, so every process's share is too
         first = replace(draw, indices=[0] * len(draw.indices)).uniform("times_of_tick")
-        spread = torch.tensor([i * GOLDEN % 1 for i in draw.indices], dtype=torch.float32, device=first.device)
-        return (first + spread) % 1
+        spread = torch.tensor([i * GOLDEN % 1 for i in draw.indices], dtype=torch.float32)
+        return (first + spread.to(first.device, non_blocking=True)) % 1
     if config.weighting_scheme == "logit_normal":
         return 1 - draw.logit_normal("time", config.logit_mean, config.logit_std)
     rank = draw.uniform("time")

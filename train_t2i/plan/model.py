@@ -18,7 +18,7 @@ from torch import nn
 
 from train_t2i.config import EDIT_FAMILIES, Config, parse_resolution, seen_side
 from train_t2i.errors import UserError
-from train_t2i.families import FAMILIES, Cond, Family, FamilyOptions, family_of
+from train_t2i.families import Cond, Family, FamilyOptions, family_class, family_of
 from train_t2i.families.loading import check_channels, told
 from train_t2i.families.published import FIRST_OF, PUBLISHED, Published
 
@@ -66,7 +66,7 @@ def check_wanted(model: str, family: str, wanted: str | None) -> None:
 def read_folder(folder: Path) -> Published:
     """The configs of a diffusers pipeline folder.  Raises UserError."""
     family = family_of(str(folder))
-    denoiser = FAMILIES[family].denoiser_name
+    denoiser = family_class(family).denoiser_name
     with told_of(str(folder)):
         encoders = tuple(_encoder(part) for part in sorted(folder.glob("text_encoder*")) if part.is_dir())
         read = {part: _read(folder / part / "config.json") for part in (denoiser, "vae")}
@@ -102,7 +102,7 @@ def empty_family(found: Published, run: Config, dtype: torch.dtype) -> Shapes:
     """The trainer's family on meta tensors; its ``encode`` gives conditionings of the right shapes."""
     if run.tiny_vae and found.family.startswith("qwen_image"):
         raise UserError("--tiny-vae: Qwen-Image has no tiny decoder", "leave it out")
-    kind = FAMILIES[found.family]
+    kind = family_class(found.family)
     make = _empty_sdxl if found.family == "sdxl" else _empty_flow
     with told_of(found.repository):
         family: Any = make(kind, found, run, dtype)

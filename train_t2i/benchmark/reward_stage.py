@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from train_t2i.benchmark import Bench, BenchmarkConfig, prepare, settings_of
+from train_t2i.benchmark import BenchmarkConfig, settings_of
+from train_t2i.benchmark.step import Bench, prepare
 from train_t2i.methods.dmdr import DMDR
 from train_t2i.plan.ledger import Ledger
 
