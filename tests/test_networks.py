@@ -436,7 +436,7 @@ def test_a_row_is_told_its_own_prompt_in_every_call_of_the_simulation(family, mo
     """Rows that have reached their level leave the batch: each row gets what it gets where all go to the end."""
     networks = tiny.networks(family, "shared")
     tiny.shake(networks.modules["base"])
-    method, batch = dmdr(networks, 4), Batch(range(4), PROMPTS[:2] * 2)
+    method, batch = dmdr(networks, 4), Batch(range(4), [*PROMPTS, "nothing at all"])
     drawn = torch.tensor([1, 0, 3, 2])
     monkeypatch.setattr(type(method.level_times), "sample_index", lambda *args: drawn)
     with Rows(*networks.modules.values()) as rows:

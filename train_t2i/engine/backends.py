@@ -111,7 +111,6 @@ class _Plain:
         optimizer: Any = self.optimizers[role]
         optimizer.found_inf = skipped  # how torch.amp.GradScaler tells a fused optimizer: it reads it on the device
         optimizer.step()
-        optimizer.found_inf = None
         self.skip(role)
 
     def skip(self, role: str) -> None:
