@@ -4,6 +4,7 @@
 #   bash scripts/benchmark.sh                  the tiny world
 #   bash scripts/benchmark.sh --part rewards   what comes after the network alone: decoding, scoring, the gradient
 #   bash scripts/benchmark.sh --size sdxl      random full-size SDXL and ViT-H-14 towers; needs a CUDA device
+#   bash scripts/benchmark.sh --part published one step as the published trainer schedules it, and as ours
 # shellcheck source=scripts/setup.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/setup.sh"
 work="${WORK:-$(pwd -P)/runs/benchmark}"
