@@ -3,19 +3,18 @@
 #
 #   bash scripts/test.sh [--all] [PYTEST ARGUMENTS]
 #
-# The tests run in as many processes as TEST_PROCESSES says, two unless told otherwise; --all adds those marked slow, one after
-# another, since they start processes of their own.  Budgets on 2 cores: 12 minutes, with --all 60; TEST_BUDGET_S sets another.
+# --all adds the tests marked slow.  Budgets on 2 cores: 12 minutes, with --all 60; TEST_BUDGET_S sets another.
 set -euo pipefail
 TRAIN_T2I_EXTRAS="${TRAIN_T2I_EXTRAS-deepspeed bitsandbytes datasets}" # every backend, the 8-bit optimizer and the hub are tested
 # shellcheck source=scripts/setup.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/setup.sh"
 cd -- "$SETUP_ROOT"
 
-all=""
+marks=(-m "not slow")
 budget_s=720
 if [[ "${1:-}" == "--all" ]]; then
   shift
-  all=1
+  marks=()
   budget_s=3600
 fi
 budget_s="${TEST_BUDGET_S:-$budget_s}"
@@ -50,8 +49,7 @@ step() { # NAME COMMAND...: runs it, says how long it took, and remembers whethe
 step "ruff check" "$PYTHON" -m ruff check .
 step "ruff format" "$PYTHON" -m ruff format --check .
 step "mypy" "$PYTHON" -m mypy
-step "pytest" "$PYTHON" -m pytest -m "not slow" --numprocesses "${TEST_PROCESSES:-2}" --dist loadfile "$@"
-[[ -z "$all" ]] || step "pytest, slow" "$PYTHON" -m pytest -m slow "$@"
+step "pytest" "$PYTHON" -m pytest ${marks[@]+"${marks[@]}"} "$@"
 [[ -z "$failed" ]] || {
   printf 'failed: %s (%d s)\n' "$failed" "$SECONDS"
   exit 1
