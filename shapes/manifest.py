@@ -71,7 +71,8 @@ def _tiny(out: Path, record: dict[str, Any]) -> list[str]:
             continue
         command = f"python -m shapes.pretrain --only {' '.join(stages)}"
         lines += [f"[tiny.{_quote(name)}]", f"what = {_quote(what)}", f"origin = {_quote('trained here')}"]
-        lines += [f"command = {_quote(command)}", f"licence = {_quote('Apache-2.0')}", f"[tiny.{_quote(name)}.sha256]"]
+        terms = [f"licence = {_quote('Apache-2.0')}", f"licence_id = {_quote('apache-2.0')}"]  # as the hub calls it
+        lines += [f"command = {_quote(command)}", *terms, f"[tiny.{_quote(name)}.sha256]"]
         lines += [f"{_quote(str(p.relative_to(out / name)))} = {_quote(_sha256(p))}" for p in files]
         lines.append(f"[tiny.{_quote(name)}.measured]")
         for stage in stages:
