@@ -120,7 +120,8 @@ def python(root: Path, *arguments: str) -> str:
     return done.stdout
 
 
-def test_the_page_is_read_whole() -> None:
+def test_the_page_is_read_whole_and_its_diffs_apply(extended: Path) -> None:
+    assert "AuraFlow" in (extended / "train_t2i/families/__init__.py").read_text(encoding="utf-8")
     assert [name for name, _ in FILES] == [
         "my_rewards.py",
         "train_t2i/methods/guided.py",

@@ -188,6 +188,8 @@ def test_stages_follow_each_other(tmp_path):
     dmdr = read_run(str(write_run(tmp_path, "dmdr", first=30, last=90)))
     assert offsets([ode, cold, dmdr]) == [0, 40, 40]  # dmdr counts on from cold's 30
     assert offsets([dmdr]) == [0]
+    other = read_run(str(write_run(tmp_path, "other", first=30, last=50)))
+    assert offsets([ode, cold, dmdr, other]) == [0, 40, 40, 40]  # from the same checkpoint: one over the other
 
 
 def test_network_calls_of_an_image_count_guided_ones_twice(tmp_path):

@@ -210,11 +210,16 @@ def draws_teacher(settings: Mapping[str, Any]) -> bool:
 
 
 def offsets(runs: Sequence[RunStory]) -> list[int]:
-    """What to add to each run's steps so that the stages follow each other; a stage may count on from another run's."""
+    """What to add to each run's steps so that the stages follow each other; a stage may count on from another run's.
+
+    Runs that count on from the same step are drawn over one another.
+    """
     begins: list[int] = []
+    siblings: dict[int, int] = {}  # first step -> what was added to it
     end = 0
     for run in runs:
-        begins.append(end - max(0, run.first_step - 1) if begins else 0)
+        follows = end - max(0, run.first_step - 1) if begins else 0
+        begins.append(siblings.setdefault(run.first_step, follows) if run.first_step > 1 else follows)
         end = begins[-1] + run.last_step
     return begins
 

@@ -153,17 +153,17 @@ def draw_figure(runs: Sequence[RunStory], panels: dict[str, str], path: Path, sm
         share = 0.0 if key.endswith(EXACT) else smoothing
         draw_panel(axes, label, curves, log=key.endswith(LOG_SCALE), smoothing=share)
         if key.startswith(JUDGED):
-            mark_guard(axes, runs, begins)
+            mark_guard(axes, runs, curves)
     add_legend(figure, runs, {curve.run for _, _, curves in shown for curve in curves})
     figure.savefig(path.with_suffix(".png"), facecolor="white")
     figure.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None})
     return True
 
 
-def mark_guard(axes: Any, runs: Sequence[RunStory], begins: Sequence[int]) -> None:
-    for run, begin in zip(runs, begins, strict=True):
-        for step, _ in run.guard:
-            axes.axvline(step + begin, color=INK, linewidth=0.8, linestyle=(0, (4, 3)), alpha=0.7)
+def mark_guard(axes: Any, runs: Sequence[RunStory], curves: Sequence[Curve]) -> None:
+    for curve in curves:
+        for step, _ in runs[curve.run].guard:
+            axes.axvline(step + curve.offset, color=colour_of(curve.run), linewidth=0.8, linestyle=(0, (4, 3)), alpha=0.7)
 
 
 def add_legend(figure: Any, runs: Sequence[RunStory], used: set[int]) -> None:
