@@ -163,7 +163,9 @@ def draw_figure(runs: Sequence[RunStory], panels: dict[str, str], path: Path, sm
 def mark_guard(axes: Any, runs: Sequence[RunStory], curves: Sequence[Curve]) -> None:
     for curve in curves:
         for step, _ in runs[curve.run].guard:
-            axes.axvline(step + curve.offset, color=colour_of(curve.run), linewidth=0.8, linestyle=(0, (4, 3)), alpha=0.7)
+            axes.axvline(
+                step + curve.offset, color=colour_of(curve.run), linewidth=0.8, linestyle=(0, (4, 3)), alpha=0.7
+            )
 
 
 def add_legend(figure: Any, runs: Sequence[RunStory], used: set[int]) -> None:
