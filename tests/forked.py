@@ -125,8 +125,14 @@ def until(child: Child, condition: Callable[[], object], limit_s: float = 120) -
         time.sleep(0.01)
 
 
+def begun(root: Path) -> bool:
+    """Whether a run has all that it needs, and ticks or is about to: ticks are logged when their step is done."""
+    file = root / "log.txt"
+    return file.exists() and "trained parameters" in file.read_text()
+
+
 def ticks(root: Path) -> int:
-    """How many ticks a run has logged."""
+    """How many ticks a run has logged, those of finished steps."""
     file = root / "loss_logs" / "loss_gui_log.jsonl"
     return file.read_text().count("\n") if file.exists() else 0
 

@@ -21,7 +21,7 @@ import forked
 import pytest
 import tiny
 import torch
-from forked import Child, InSave, die, ticks, until
+from forked import Child, InSave, begun, die, ticks, until
 
 from train_t2i import storage
 from train_t2i.checkpoint import RunFolder
@@ -158,7 +158,7 @@ def test_a_signal_runs_on_to_the_step_boundary_saves_and_can_be_resumed(trainer,
 def test_a_second_signal_leaves_at_once(trainer, number):
     flags = "--batch-size 1 --max-train-steps 2 --ratio-update 500 --auto-resume"
     child = start(trainer, "run", flags, before=slow_rollouts)
-    until(child, lambda: ticks(trainer.root / "run") >= 1)
+    until(child, lambda: begun(trainer.root / "run"))
     child.send(number)
     child.send(number)  # `timeout` signals the process and its group: that is one request
     time.sleep(0.6)
@@ -213,7 +213,7 @@ def test_a_signal_while_models_load_stops_after_the_first_step(trainer):
 
 def test_a_folder_in_use_is_refused(trainer):
     child = start(trainer, "run", "--batch-size 1 --max-train-steps 2 --ratio-update 500", before=slow_rollouts)
-    until(child, lambda: ticks(trainer.root / "run") >= 1)
+    until(child, lambda: begun(trainer.root / "run"))
     ended = trainer.ends("run", "--auto-resume")
     child.send(signal.SIGKILL)
     child.ends()
