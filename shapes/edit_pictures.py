@@ -7,7 +7,7 @@ exchanges the middles; a composition takes objects and background from its sourc
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from shapes.render import (
 from shapes.scenes import Scene, Thing, rng_for
 
 RGB = tuple[float, float, float]
+Drawn = tuple[Edit, list[Array], Array]  # an edit with its source pictures and its target, each (64, 64, 3) uint8
 
 
 @dataclass(frozen=True)
@@ -99,10 +100,13 @@ def pictures(edit: Edit, rng: np.random.Generator) -> tuple[list[Picture], Pictu
     return sources, edited(sources, edit.target)
 
 
-def draw(split: str, seed: int, index: int, kinds: tuple[str, ...]) -> tuple[Edit, list[Array], Array]:
-    """Edit number `index` of a split with its pictures, (64, 64, 3) uint8: (edit, sources, target)."""
+def draw(split: str, seed: int, index: int, kinds: tuple[str, ...]) -> Drawn:
+    """Edit number `index` of a split with its pictures."""
     edit = sample(split, seed, index, kinds)
-    sources, target = pictures(edit, rng_for(split, seed, index, stream=3))
+    return painted(edit, *pictures(edit, rng_for(split, seed, index, stream=3)))
+
+
+def painted(edit: Edit, sources: Sequence[Picture], target: Picture) -> Drawn:
     return edit, [_bytes(source.paint()) for source in sources], _bytes(target.paint())
 
 
@@ -110,7 +114,9 @@ def _bytes(pixels: Array) -> Array:
     return (pixels * 255 + 0.5).astype(np.uint8)
 
 
-def write_edits(split: str, count: int, seed: int, out: Path, kinds: tuple[str, ...]) -> None:
+def write_edits(
+    split: str, count: int, seed: int, out: Path, kinds: tuple[str, ...], draw: Callable[..., Drawn] = draw
+) -> None:
     """``source/``, ``target/`` and ``metadata.json``, whose paths start at `out`; where the table is, all is."""
     from PIL import Image
 

@@ -8,7 +8,7 @@ Shapes: N edits, L tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,17 +17,16 @@ from diffusers.modular_pipelines.qwenimage import prompt_templates as templates
 from torch import Tensor
 
 from shapes.edit_codes import facts
-from shapes.edit_pictures import RGB, Picture, edited, pictures
-from shapes.edits import KINDS, Edit, parse, sample
-from shapes.render import COLOUR_RGB
-from shapes.scenes import HELD_OUT_PAIRS, rng_for
+from shapes.edit_pictures import Picture, pictures
+from shapes.edits import KINDS, Edit, sample
+from shapes.free_colours import exact_target, freely_coloured
+from shapes.scenes import rng_for
 from shapes.text_encoders import CLASSES, attributes
 
 HEAD, TAIL = templates.QWENIMAGE_EDIT_PLUS_PROMPT_TEMPLATE.split("{}")
 CUT = templates.QWENIMAGE_EDIT_PLUS_PROMPT_TEMPLATE_START_IDX  # tokens of HEAD, which the pipelines cut off
 NAMED = (0, 1, 2, 4, 5, 7)  # of ``attributes``: all but the two colours, which are read as numbers
 NAMED_CLASSES = tuple(CLASSES[i] for i in NAMED)
-APART = 0.35  # colour units between a free colour and its background, or the colour of a held-out pair
 
 
 @dataclass(frozen=True)
@@ -38,41 +37,6 @@ class Rows:
     pictures: Tensor  # (N, sources, 3, 64, 64) uint8
     wanted_rgb: Tensor  # (N, 2, 3) colours of the target's objects in [0, 1], NaN where there is none
     shown_rgb: Tensor  # (N, sources, 2, 3)
-
-
-def _far(one: RGB, other: RGB) -> bool:
-    return float(np.linalg.norm(np.subtract(one, other))) >= APART
-
-
-def _allowed(shape: str, rgb: RGB) -> bool:
-    return all(_far(rgb, COLOUR_RGB[colour]) for held_out, colour in HELD_OUT_PAIRS if held_out == shape)
-
-
-def _target(sources: Sequence[Picture], edit: Edit) -> Picture:
-    """The edited picture, a new colour without the old one's departure from its name."""
-    made, old = edited(sources, edit.target), {thing.colour for scene in edit.sources for thing in scene.things}
-    exact = (
-        placed if thing.colour in old else replace(placed, rgb=COLOUR_RGB[thing.colour])
-        for thing, placed in zip(edit.target.things, made.placed)
-    )  # fmt: skip
-    return replace(made, placed=tuple(exact))
-
-
-def freely_coloured(edit: Edit, sources: Sequence[Picture], rng: np.random.Generator) -> list[Picture]:
-    """The same sources with objects of any colours; as they are where the instruction names a source's colour."""
-    told = parse(edit.instruction)[1]
-    if any(" " in told.get(name, "") for name in "ab"):
-        return list(sources)
-    while True:
-        drawn = [
-            replace(source, placed=tuple(replace(p, rgb=tuple(rng.uniform(0, 1, 3).tolist())) for p in source.placed))
-            for source in sources
-        ]
-        seen = all(_far(p.rgb, picture.background) for picture in drawn for p in picture.placed)
-        shown = [p for picture in (*drawn, _target(drawn, edit)) for p in picture.placed]
-        named = set(COLOUR_RGB.values())
-        if seen and all(p.rgb in named or _allowed(p.shape, p.rgb) for p in shown):
-            return drawn
 
 
 def _rgb(picture: Picture) -> Tensor:
@@ -91,7 +55,7 @@ def drawn(split: str, seed: int, count: int, sources: int, free: bool = False) -
             before = freely_coloured(edit, before, rng_for(split, seed, index, stream=4))
         edits.append(edit)
         shown.append(before)
-        wanted.append(_rgb(_target(before, edit)))
+        wanted.append(_rgb(exact_target(before, edit)))
     pixels = np.stack([[picture.paint() for picture in before] for before in shown])
     return Rows(
         edits,

@@ -29,7 +29,7 @@ from shapes.edits import KINDS
 from shapes.flow_models import FlowRecipe, scheduler
 from shapes.flow_stages import found, holder, loaded, part
 from shapes.render import SIDE_PX
-from shapes.stage import Paths, Stage, judged, world
+from shapes.stage import SEED, Paths, Stage, judged, world
 from shapes.tokenizer import new_qwen_edit_tokenizer
 from train_t2i.families.qwen_image_edit import tell_token_types
 
@@ -65,7 +65,11 @@ def make_edit_text(paths: Paths, run_name: str) -> dict[str, float]:
 
 
 def make_edit_autoencoder(paths: Paths, run_name: str) -> dict[str, float]:
-    vae = qa.train_recoloured(found(AutoencoderKLQwenImage, paths, "qwen-autoencoder"), world(paths), EDIT_AUTOENCODER)
+    start, twins = (
+        found(AutoencoderKLQwenImage, paths, "qwen-autoencoder"),
+        qa.beside_twins(world(paths), "train", SEED),
+    )
+    vae = qa.train_recoloured(start, twins, EDIT_AUTOENCODER)
     vae.half().save_pretrained(part(paths, "qwen-edit-autoencoder"))
     return qa.measure(part(paths, "qwen-edit-autoencoder"), judged(paths)) | {
         "oracle on edits": edits_kept(vae.float())

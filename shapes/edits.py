@@ -4,7 +4,7 @@ An instruction changes one thing about the scene of one picture, or joins the ob
 says everything: ``follow(edit.instruction, edit.sources) == edit.target``, so an edited picture can be judged without opinion
 (see ``edit_oracle.py``; ``edit_pictures.py`` draws edits).  Everything is a function of (split, seed, index).
 
-    python -m shapes.edits render --split train --count 2000 --seed 0 --out DIR [--kinds recolour move]
+    python -m shapes.edits render --split train --count 2000 --seed 0 --out DIR [--kinds recolour move] [--free-colours]
 """
 
 from __future__ import annotations
@@ -225,7 +225,8 @@ def samples(split: str, seed: int, count: int, kinds: tuple[str, ...] = KINDS) -
 
 # ------------------------------------------------------------------ command line
 def main(argv: list[str] | None = None) -> None:
-    from shapes.edit_pictures import write_edits
+    from shapes.edit_pictures import draw, write_edits
+    from shapes.free_colours import draw_free
 
     parser = argparse.ArgumentParser(prog="python -m shapes.edits", description="Edits of the embedded world.")
     verbs = parser.add_subparsers(dest="verb", required=True)
@@ -236,10 +237,17 @@ def main(argv: list[str] | None = None) -> None:
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--out", type=Path, required=True)
     sub.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    sub.add_argument(
+        "--free-colours",
+        action="store_true",
+        help="every other edit of objects of any colour, where it can be told without their names",
+    )
     args = parser.parse_args(argv)
     if args.count < 1:
         parser.error("--count must be at least 1")
-    write_edits(args.split, args.count, args.seed, args.out, tuple(args.kinds))
+    write_edits(
+        args.split, args.count, args.seed, args.out, tuple(args.kinds), draw_free if args.free_colours else draw
+    )
 
 
 if __name__ == "__main__":

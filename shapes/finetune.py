@@ -22,13 +22,13 @@ def pictures(work: Path, count: int, seed: int) -> Path:
 
 
 def edits(work: Path, count: int, seed: int) -> Path:
-    """The table of `count` rendered training edits, made when it is missing."""
-    folder = work / f"edits-{count}-{seed}-{code_digest('edits.py', 'edit_pictures.py')}"
-    return _rendered("edits", count, seed, folder / "metadata.json")
+    """The table of `count` rendered training edits, every other one of any colours, made when it is missing."""
+    folder = work / f"edits-{count}-{seed}-{code_digest('edits.py', 'edit_pictures.py', 'free_colours.py')}"
+    return _rendered("edits", count, seed, folder / "metadata.json", "--free-colours")
 
 
-def _rendered(module: str, count: int, seed: int, table: Path) -> Path:
-    render = [sys.executable, "-m", f"shapes.{module}", "render", "--split", "train", "--count", str(count)]
+def _rendered(module: str, count: int, seed: int, table: Path, *flags: str) -> Path:
+    render = [sys.executable, "-m", f"shapes.{module}", "render", "--split", "train", "--count", str(count), *flags]
     if not table.exists():
         subprocess.run([*render, "--seed", str(seed), "--out", str(table.parent)], check=True)
     return table

@@ -6,18 +6,21 @@ Latents are (B, 16, 8, 8) for 64 px; the class has the frame in between, (B, 16,
 from __future__ import annotations
 
 import copy
-import itertools
-from dataclasses import dataclass
+from colorsys import hsv_to_rgb
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKLQwenImage
 from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageResidualBlock
 from torch import Tensor
 
 from shapes.autoencoder import autoencoder_loss, fit_autoencoder, retention
+from shapes.render import SIDE_PX, paint, place
+from shapes.scenes import rng_for
 from shapes.world import World, generator
 from train_t2i.families.qwen_image import single_frame
 
@@ -44,8 +47,8 @@ class RecolouredRecipe:
     """How it learns that any colour goes with any shape: four pairs of them are in no training picture, which it blurs."""
 
     seed: int = 31
-    crop_steps: int = 1300
-    whole_steps: int = 600
+    crop_steps: int = 2200
+    whole_steps: int = 1100
     batch_size: int = 24
     learning_rate: float = 1.5e-3
     white_weight: float = 0.02
@@ -112,25 +115,30 @@ def train_qwen_autoencoder(world: World, recipe: QwenAutoencoderRecipe) -> Autoe
     return vae
 
 
-def recolour(x: Tensor, count: int, g: torch.Generator) -> Tensor:
-    """(B, 3, H, W): the first ``count`` rows with their colour channels in another order."""
-    orders = [*itertools.permutations(range(3))][1:]
-    drawn = torch.randint(len(orders), (count,), generator=g).tolist()
-    return torch.cat([x[i : i + 1, list(orders[k])] for i, k in enumerate(drawn)] + [x[count:]])
+def beside_twins(world: World, split: str, seed: int) -> World:
+    """Each picture of ``load_world(split, seed, ...)`` with its twin, (N, 6, 64, 64): the same objects in any hue, on the same background."""
+    twins = np.empty((len(world), 3, SIDE_PX, SIDE_PX), np.uint8)
+    for index, scene in enumerate(world.scenes):
+        placed, background = place(scene, rng_for(split, seed, index, stream=1))
+        rng = rng_for(split, seed, index, stream=2)
+        hues = [replace(one, rgb=hsv_to_rgb(rng.uniform(), *rng.uniform((0.7, 0.65), (0.9, 1.0)))) for one in placed]
+        twins[index] = (paint(hues, background) * 255 + 0.5).transpose(2, 0, 1)
+    return replace(world, pictures=torch.cat([world.pictures, torch.from_numpy(twins)], dim=1))
 
 
-def train_recoloured(vae: AutoencoderKLQwenImage, world: World, recipe: RecolouredRecipe) -> AutoencoderKLQwenImage:
-    """Go on with half of the pictures in exchanged colours; latents of the others stay, so mean and deviation do."""
+def train_recoloured(vae: AutoencoderKLQwenImage, twins: World, recipe: RecolouredRecipe) -> AutoencoderKLQwenImage:
+    """Go on with some pictures by their twins; latents of the others stay, so mean and deviation do."""
     before = OneFrame(copy.deepcopy(vae)).requires_grad_(False)
 
     def loss(frame: Any, x: Tensor, g: torch.Generator, recipe: RecolouredRecipe) -> Tensor:
         count = int(recipe.recoloured_share * len(x))
+        plain, hued = x[count:, :3], x[:count, 3:]
         with torch.no_grad():
-            wanted = before.encode(x[count:]).latent_dist.mean
-        moved = (frame.encode(x[count:]).latent_dist.mean - wanted).square().mean()
-        return autoencoder_loss(frame, recolour(x, count, g), g, recipe) + recipe.anchor_weight * moved
+            wanted = before.encode(plain).latent_dist.mean
+        moved = (frame.encode(plain).latent_dist.mean - wanted).square().mean()
+        return autoencoder_loss(frame, torch.cat([hued, plain]), g, recipe) + recipe.anchor_weight * moved
 
-    fit_autoencoder("autoencoder of the editor", OneFrame(vae.requires_grad_(True)), world, recipe, loss)
+    fit_autoencoder("autoencoder of the editor", OneFrame(vae.requires_grad_(True)), twins, recipe, loss)
     fix_posterior(vae)
     return vae
 

@@ -47,12 +47,19 @@ def folder(encoder, tmp_path_factory) -> Path:
 
 
 # ------------------------------------------------------------------ autoencoder
-def test_recoloured_pictures_have_the_channels_of_their_own_in_another_order():
-    x = torch.rand(40, 3, 4, 4)
-    found = qa.recolour(x, 30, torch.Generator().manual_seed(0))
-    assert torch.equal(found[30:], x[30:])
-    orders = [tuple(int(torch.where((x[i] == plane).flatten(1).all(1))[0]) for plane in found[i]) for i in range(30)]
-    assert set(orders) == {(0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)}
+def test_a_twin_is_the_same_picture_in_other_hues():
+    data = world.load_world("train", 0, 12)
+    twins = qa.beside_twins(data, "train", 0).pictures
+    plain, hued = twins[:, :3], twins[:, 3:]
+    assert torch.equal(plain, data.pictures)
+    corner, other = plain[:, :, 0, 0], hued[:, :, 0, 0]  # no object reaches it
+    assert torch.equal(corner, other)
+    changed = (plain != hued).any(1)
+    objects = (plain.int() - corner[..., None, None].int()).abs().amax(1) > 2
+    assert torch.equal(changed | objects, objects)  # nothing but objects
+    assert changed.sum() > 0.9 * objects.sum()
+    in_them = hued.permute(0, 2, 3, 1)[changed].unique(dim=0)
+    assert len(in_them) > 12  # colours of their own, not six
 
 
 def test_the_editors_autoencoder_keeps_the_latents_of_pictures_as_they_are():
@@ -62,7 +69,7 @@ def test_the_editors_autoencoder_keeps_the_latents_of_pictures_as_they_are():
         recipe = qa.RecolouredRecipe(crop_steps=0, whole_steps=12, batch_size=8, anchor_weight=anchor)
         vae = edit_stages.loaded(AutoencoderKLQwenImage, CHECKPOINTS / "tiny-qwen-image" / "vae")
         before = qa.encode(vae, images)
-        qa.train_recoloured(vae, data, recipe)
+        qa.train_recoloured(vae, qa.beside_twins(data, "train", 0), recipe)
         moved[anchor] = float((qa.encode(vae, images) - before).square().mean())
         assert not any(p.requires_grad for p in vae.parameters())
         assert torch.equal(vae.quant_conv.bias[qa.CHANNELS :], torch.full((qa.CHANNELS,), -8.0))
@@ -141,7 +148,7 @@ def test_free_colours_are_no_held_out_pair_and_are_what_is_shown():
                 near = torch.dist(rgb, torch.tensor(COLOUR_RGB[colour])) < 0.25
                 assert not (thing.shape == shape and near), (edit, rgb)
         if freed[row] and edit.kind == "recolour":
-            new = er.parse(edit.instruction)[1]["colour"]
+            new = edits.parse(edit.instruction)[1]["colour"]
             assert (rows.wanted_rgb[row] == torch.tensor(COLOUR_RGB[new])).all(-1).any()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -142,6 +143,27 @@ def test_command_line_writes_sources_targets_and_a_table(tmp_path: Path) -> None
         for path, source in zip(row["source_file_path"], sources, strict=True):
             assert np.array_equal(np.asarray(Image.open(tmp_path / path)), source)
     assert {len(row["source_file_path"]) for row in rows} == {1, 2}
+
+
+def test_every_other_edit_has_objects_of_any_colour_where_it_can_be_told_without_their_names(tmp_path: Path) -> None:
+    for name, more in (("named", []), ("free", ["--free-colours"])):
+        edits.main(["render", "--split", "train", "--count", "60", "--out", str(tmp_path / name), *more])
+    named, free = (json.loads((tmp_path / name / "metadata.json").read_text()) for name in ("named", "free"))
+    freed = 0
+    for index, (old, new) in enumerate(zip(named, free, strict=True)):
+        edit = edits.sample("train", 0, index)
+        assert edits.follow(new["text"], edit.sources) == edit.target  # the same edit, whatever it says
+        told = edits.parse(new["text"])[1]
+        of_a_colour = any(" " in (told.get(key) or "") for key in "ab")
+        differs = pictures_of(tmp_path / "named", old) != pictures_of(tmp_path / "free", new)
+        assert differs == (index % 2 == 1 and not of_a_colour), (index, new["text"])
+        assert index % 2 == 1 or new == old
+        freed += differs
+    assert freed > 20
+
+
+def pictures_of(folder: Path, row: dict[str, Any]) -> list[bytes]:
+    return [(folder / path).read_bytes() for path in (row["file_path"], *row["source_file_path"])]
 
 
 # ------------------------------------------------------------------ oracle
