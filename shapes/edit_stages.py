@@ -50,7 +50,7 @@ QWEN_EDIT = EditRecipe(
     width=104,
     heads=4,
     layers=4,
-    legs=(4500, 8500, 15000, 19000),
+    legs=(4500, 8500, 15000, 19000, 23000),
     pictures=24000,
     learning_rate=3e-3,
 )
