@@ -188,7 +188,7 @@ def eval_results(rows: Sequence[Mapping[str, Any]], run: str, step: int | None, 
     own = [
         row
         for row in rows
-        if row.get("run") and Path(row["run"]).resolve() == Path(run).resolve() and row["step"] == step
+        if row.get("run") and Path(row["run"]).resolve() == Path(run).resolve() and row.get("step") == step
     ]
     names = [name for name in columns_of(own) if name not in NO_RESULTS]
     return [
