@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
-# Builds docs/ into runs/docs, without network: pages that open in any browser (their search needs a server, such as
-# `python -m http.server --bind 127.0.0.1 --directory runs/docs`).  A broken link is an error.
+# Builds docs/ into runs/docs, without network: pages that open in any browser, their search too.  A broken link is an error.
 #
 #   bash scripts/docs.sh [MKDOCS BUILD ARGUMENTS]
 set -euo pipefail

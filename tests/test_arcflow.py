@@ -7,6 +7,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
 import tiny
@@ -410,8 +411,19 @@ def test_networks_call_the_layers_of_the_adapter_that_is_on(folders):
 # -- in other hands --------------------------------------------------------------------------------------------------
 
 
+def on_the_base(base, merged):
+    """A merged folder with everything else from the base model, as docs/arcflow.md has it."""
+    name = json.loads((merged / "transformer" / "config.json").read_text())["_class_name"]
+    net = getattr(diffusers, name).from_pretrained(merged, subfolder="transformer", torch_dtype=torch.float32)
+    times = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(merged, subfolder="scheduler")
+    return diffusers.DiffusionPipeline.from_pretrained(
+        base, transformer=net, scheduler=times, custom_pipeline=str(merged), trust_remote_code=True,
+        torch_dtype=torch.float32,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_the_exported_folder_samples_as_the_student_does(name, folders, prompts_file, tmp_path):
+def test_the_exported_folders_sample_as_the_student_does(name, folders, prompts_file, tmp_path):
     """A stock network of more channels, and the folder's own pipeline code, which needs nothing of ours."""
     run = train(tmp_path, "run", "--max-train-steps 3 --learning-rate-gen 1e-2", folders[name], prompts_file)
     out = tmp_path / "exported"
@@ -422,7 +434,6 @@ def test_the_exported_folder_samples_as_the_student_does(name, folders, prompts_
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     pipe = module.PolicyPipeline.from_pretrained(out)
-    pipe.set_progress_bar_config(disable=True)
     assert pipe.transformer.proj_out.out_features == 4 * (3 * 16 + 3 + 2)
     student = load_student(str(run))
     call = json.loads((out / "recommended.json").read_text())
@@ -430,8 +441,12 @@ def test_the_exported_folder_samples_as_the_student_does(name, folders, prompts_
     noise = torch.randn((2, *student.latent_shape), generator=torch.Generator().manual_seed(0))
     cond = student.family.encode(PROMPTS, None)
     mine = student.sample(cond, noise, lambda i: noise)
-    theirs = pipe(PROMPTS, latents=pack(noise), output_type="latent", **call).images
-    torch.testing.assert_close(theirs.reshape(2, -1), pack(mine).reshape(2, -1), rtol=1e-4, atol=1e-4)
+    merged = tmp_path / "merged"
+    assert main(["export", str(run), "--to", "merged", "--out", str(merged)]) == 0
+    for made in (pipe, on_the_base(folders[name], merged)):
+        made.set_progress_bar_config(disable=True)
+        theirs = made(PROMPTS, latents=pack(noise), output_type="latent", **call).images
+        torch.testing.assert_close(theirs.reshape(2, -1), pack(mine).reshape(2, -1), rtol=1e-4, atol=1e-4)
 
 
 def test_a_mixture_is_not_exported(folders, prompts_file, tmp_path, capsys):

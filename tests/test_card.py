@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import tiny_runs
+from diffusers import FlowMatchEulerDiscreteScheduler
 from huggingface_hub import ModelCard
 from PIL import Image
 from tiny_runs import RL, refused
@@ -16,7 +17,9 @@ from tiny_runs import RL, refused
 from train_t2i import terms
 from train_t2i.__main__ import main
 from train_t2i.card import Card, public_settings, table_part, terms_part
+from train_t2i.card_usage import Usage
 from train_t2i.config import METHOD_CONFIGS, Config, DMDRConfig, Settings, fields_of
+from train_t2i.export.recipe import Recipe
 
 NASTY = "](http://x) <script>alert(1)</script> | `"
 
@@ -34,9 +37,12 @@ def stage(tmp_path_factory, runs, sdxl_folder, prompts_file, towers):
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory, stage):
     root = tmp_path_factory.mktemp("exported")
+    asked = {"count": 500, "seed": 1000}
     rows = [
         {"model": "teacher", "clip": 0.5, "count": 500, "ci": {}, "scorers": {"reference": "/home/me/CANARY"}},
-        {"model": NASTY, "clip": 0.75, "count": 500, "ci": {"clip": [0.7, 0.8]}, "run": "/home/me/CANARY"},
+        {"model": "earlier", "clip": 0.25, **asked, "run": str(stage), "step": 1},
+        {"model": "stage", "clip": 0.625, "kid": None, "network_calls": 4, **asked, "run": f"{stage}/", "step": 2},
+        {"model": NASTY, "clip": 0.75, "count": 500, "ci": {"clip": [0.7, 0.8]}, "run": "/home/me/CANARY", "step": 2},
     ]
     (root / "table.json").write_text(json.dumps(rows))
     out = root / "my-student"
@@ -59,6 +65,14 @@ def test_its_metadata_are_the_hubs(card, exported):
     for picture in data.widget:
         with Image.open(exported / picture["output"]["url"]) as image:
             assert (image.format, image.size) == ("JPEG", (32, 32))
+
+
+def test_its_own_row_of_the_table_is_the_hubs_model_index(card):
+    """As huggingface_hub reads it back: of this step of this run, and of no other row."""
+    assert card.data.model_name == "my-student"
+    (result,) = card.data.eval_results
+    assert (result.task_type, result.metric_type, result.metric_value) == ("text-to-image", "clip", 0.625)
+    assert result.dataset_name == "500 prompts, first seed 1000"
 
 
 def test_its_call_runs_and_is_the_recommended_one(card, exported, monkeypatch):
@@ -104,7 +118,7 @@ def test_settings_that_are_words_are_left_out():
 
 
 def test_it_shows_the_table_and_both_stages(card):
-    assert r"| teacher | 0.5 |" in card.text
+    assert r"| teacher | - | 0.5 |" in card.text
     assert "| 0.75 (0.7 to 0.8) |" in card.text
     assert "500 prompts a model" in card.text
     assert card.text.count("<details><summary>Settings") == 2
@@ -124,6 +138,64 @@ def test_the_dry_run_lists_the_card(exported, stage, tmp_path, capsys):
     assert "None was given to the export" in (tmp_path / "p" / "README.md").read_text()
     assert "--table" in refused(capsys, "export", stage, "--table", tmp_path / "none.json")
     assert "--dry-run without --push" in refused(capsys, "export", stage, "--dry-run")
+
+
+@pytest.mark.parametrize("to", ["lora", "kohya"])
+def test_a_lora_has_a_card_of_its_own(to, runs, sdxl_folder, tmp_path, monkeypatch, capsys):
+    """It is an adapter of its base; its code loads it onto that and makes its image."""
+    run = runs["lora"]
+    row = {"model": "lora", "hps": 0.5, "count": 2, "seed": 1000, "run": str(run), "step": 2}
+    (tmp_path / "table.json").write_text(json.dumps([row]))
+    monkeypatch.setattr(
+        terms, "built_on", lambda *known: [("base model", terms.Origin("b", "org/base", "MIT", {"license": "mit"}))]
+    )
+    arguments = [
+        "export",
+        str(run),
+        "--to",
+        to,
+        "--out",
+        str(tmp_path / "my-lora"),
+        "--push",
+        "org/my-lora",
+        "--dry-run",
+    ]
+    assert main([*arguments, "--table", str(tmp_path / "table.json")]) == 0
+    said = capsys.readouterr().out
+    for name in ("README.md", "recommended.json", "pytorch_lora_weights.safetensors", "images/sheet.jpg"):
+        assert f"  {name}\n" in said
+    card = ModelCard.load(tmp_path / "my-lora" / "README.md")
+    data = card.data
+    assert (data.base_model, data.base_model_relation, data.license) == ("org/base", "adapter", "mit")
+    assert (data.library_name, data.pipeline_tag) == ("diffusers", "text-to-image")
+    assert {"lora", "text-to-image", "diffusers"} <= set(data.tags)
+    assert [(result.metric_type, result.metric_value) for result in data.eval_results] == [("hps", 0.5)]
+    (code,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
+    names: dict = {}
+    monkeypatch.chdir(tmp_path)
+    exec(code.replace("org/base", str(sdxl_folder)).replace("org/my-lora", "my-lora"), names)  # noqa: S102 - our own words
+    assert names["image"].size == (32, 32)
+    assert names["pipe"].scheduler.timesteps.tolist() == [399]
+    assert len(names["pipe"].get_list_adapters()["unet"]) == 1
+    assert "Not for ComfyUI" in card.text  # one step of SDXL
+    assert "--push does not go with --to merged" in refused(capsys, "export", run, "--to", "merged", "--push", "org/n")
+
+
+def test_a_card_says_what_other_programs_are_told():
+    """Of SD3, whose kohya names diffusers does not read, there is no code; guidance that is none is CFG 1."""
+    scheduler = FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)
+    header = {"distill.sigmas": "[1.0, 0.75, 0.0]", "distill.base_model": "base"}
+    recipe = Recipe(scheduler, {"num_inference_steps": 2, "guidance_scale": 0.0}, header)
+    text = Usage("org/n", "kohya", "sd3", recipe, "float32", None).text()
+    assert "```" not in text
+    assert "CFG 1, sampler `lcm`, `ManualSigmas` 1, 0.75, 0." in text
+    told = Recipe(FlowMatchEulerDiscreteScheduler(), {"num_inference_steps": 2, "guidance_scale": 3.5}, header)
+    assert "CFG 1, guidance 3.5, sampler `euler`" in Usage("org/n", "lora", "flux", told, "float32", None).text()
+    edit = Recipe(FlowMatchEulerDiscreteScheduler(), {"num_inference_steps": 9, "true_cfg_scale": 4.0}, header)
+    text = Usage("org/n", "lora", "qwen_image_edit", edit, "float32", None).text()
+    assert "CFG 4, sampler" in text
+    assert 'from_pretrained("base"' in text
+    assert "docs/supervised.md" in text
 
 
 # -- terms -----------------------------------------------------------------------------------------------------------
@@ -207,4 +279,4 @@ def test_without_a_table_nothing_is_claimed():
 def test_its_samples_are_not_those_of_a_later_step(stage):
     for step in (1, 2):
         model = SimpleNamespace(run=str(stage), step=step)
-        assert Card("a", model, {}, "float32", False).sheet().step == step
+        assert Card("a", model, None, "float32").sheet().step == step

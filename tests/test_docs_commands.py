@@ -5,79 +5,26 @@ Nothing is started but launchers, whose interpreter is replaced by one that prin
 
 from __future__ import annotations
 
-import re
 import shlex
-from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
 import yaml
+from documented import Command, blocks, commands
 from test_scripts import LAUNCHERS, MULTI_NODE, ROOT, launched
 
 from train_t2i import cli
 from train_t2i.errors import UserError
 from train_t2i.launch import nodes
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCK = re.compile(r"^```bash\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-LOOP = re.compile(r"for (\w+) in (.*?); do (.*?); done")
-ASSIGNMENT = re.compile(r"[A-Z_][A-Z0-9_]*=.*", re.DOTALL)
 # beginnings of commands of others: the files that they name are looked for, nothing else
-FOREIGN = ("conda env create", "conda activate", "uv sync", "python -c", "python evaluation/evaluate_images.py")
+FOREIGN = (
+    "conda env create", "conda activate", "uv sync", "source .venv/bin/activate", "python -c", "python evaluation/evaluate_images.py",
+)  # fmt: skip
 WITHOUT_FLAGS = ("quickstart.sh", "test.sh")
-
-
-def blocks() -> Iterator[Any]:
-    for page in PAGES:
-        text = page.read_text(encoding="utf-8")
-        for match in BLOCK.finditer(text):
-            line = text[: match.start()].count("\n") + 1
-            yield pytest.param(match[1], id=f"{page.relative_to(ROOT)}:{line}")
-
-
-@dataclass
-class Command:
-    """One command: variables before it, its words, and the file that takes its output."""
-
-    words: list[str]
-    environment: dict[str, str] = field(default_factory=dict)
-    output: str | None = None
-
-
-def unrolled(line: str) -> str:
-    """A loop as its commands, one after the other."""
-
-    def repeat(match: re.Match[str]) -> str:
-        return "; ".join(match[3].replace(f'"${match[1]}"', value) for value in match[2].split())
-
-    return LOOP.sub(repeat, line)
-
-
-def commands(block: str) -> Iterator[Command]:
-    """Those of a block, without comments and without what stands for words of the reader's: ``...``, ``[`` and ``]``."""
-    for line in block.replace("\\\n", " ").splitlines():
-        lexer = shlex.shlex(unrolled(line), posix=True, punctuation_chars=";&>")
-        lexer.whitespace_split, lexer.commenters = True, "#"
-        words: list[str] = []
-        for word in [*lexer, ";"]:
-            if word in (";", "&&"):
-                if words:
-                    yield command(words)
-                words = []
-            elif word.strip("[.]"):
-                words.append(re.sub(r"\.\.\.$", "", word).strip("[]"))
-
-
-def command(words: list[str]) -> Command:
-    output = None
-    if ">" in words:
-        words, output = words[: words.index(">")], words[words.index(">") + 1]
-    first = next(i for i, word in enumerate(words) if not ASSIGNMENT.fullmatch(word))
-    return Command(words[first:], dict(word.split("=", 1) for word in words[:first]), output)
 
 
 # -- what each program makes of its words ----------------------------------------------------------------------------

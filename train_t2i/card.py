@@ -1,4 +1,4 @@
-"""The card of an exported pipeline: README.md with the hub's metadata, and the pictures that it shows.
+"""The card of an exported pipeline or LoRA: README.md with the hub's metadata, and the pictures that it shows.
 
 What it tells of a run's settings are numbers, switches and choices alone: nothing that a person typed as text, and so no
 path, address or secret, gets into it.  Base model, rewards and initial weights are named as checkpoints/manifest.toml does.
@@ -8,16 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from train_t2i import redact, terms
+from train_t2i.card_usage import Usage
 from train_t2i.config import EDIT_FAMILIES, Settings, fields_of
-from train_t2i.evaluation.table import escaped, markdown_row, markdown_table
+from train_t2i.evaluation.table import columns_of, escaped, markdown_row, markdown_table
 from train_t2i.pages.parts import shrunk
 from train_t2i.report_data import Sheet, draws_teacher, opened, read_sheets
 
 if TYPE_CHECKING:
+    from train_t2i.export.recipe import Recipe
     from train_t2i.student import ImageModel
 
 METHODS = {
@@ -27,6 +30,7 @@ METHODS = {
     "sft": "supervised training",
 }
 PLAIN = ("resolution",)  # settings in words that hold nothing but a size
+NO_RESULTS = ("model", "network_calls", "ms_per_image")  # columns of a table that say nothing of its images
 MAX_WIDGETS = 8
 GRID_WIDTH_PX, SAMPLE_WIDTH_PX, JPEG_QUALITY = 1280, 512, 88
 IMAGES = "images"  # folder beside the card
@@ -38,9 +42,9 @@ class Card:
 
     title: str  # ORG/NAME, or the folder's name
     model: ImageModel
-    call: Mapping[str, Any]  # as recommended.json
+    recipe: Recipe
     dtype: str  # of the saved weights: float32, float16, bfloat16
-    own_code: bool  # the folder is sampled with its pipeline.py
+    to: str = "pipeline"  # or lora, kohya
     table: Sequence[Mapping[str, Any]] = ()  # rows of evaluate
 
     def write(self, folder: Path) -> None:
@@ -49,21 +53,20 @@ class Card:
 
         sheet = self.sheet()
         pictures = write_pictures(sheet, folder / IMAGES, 0 if self.edits else MAX_WIDGETS) if sheet else []
-        found, complete = terms.stages(str(self.model.run), int(self.model.step or 0))
-        built = terms.built_on(found, terms.read())
+        found, complete = self.stages
         body = "\n\n".join(
             part
             for part in (
                 self.summary(found[0]),
                 pictures_part(sheet, pictures, draws_teacher(self.model.settings.as_dict())),
-                call_part(self.title, self.call, self.dtype, own_code=self.own_code, edits=self.edits),
+                self.usage.text(),
                 table_part(self.table),
-                terms_part(built, complete),
+                terms_part(self.built, complete),
                 training_part(found),
             )
             if part
         )
-        metadata = self.metadata(built, sheet, pictures)
+        metadata = self.metadata(sheet, pictures)
         text = f"---\n{metadata.to_yaml()}\n---\n\n# {escaped(self.title)}\n\n{body}\n"
         ModelCard(redact.clean(text)).save(folder / "README.md")
 
@@ -71,31 +74,60 @@ class Card:
     def edits(self) -> bool:
         return self.model.settings.run.model_family in EDIT_FAMILIES
 
+    @cached_property
+    def stages(self) -> tuple[list[terms.Stage], bool]:
+        return terms.stages(str(self.model.run), int(self.model.step or 0))
+
+    @cached_property
+    def built(self) -> list[tuple[str, terms.Origin]]:
+        return terms.built_on(self.stages[0], terms.read())
+
+    @property
+    def base(self) -> terms.Origin:
+        return next(found for role, found in self.built if role == "base model")
+
+    @property
+    def usage(self) -> Usage:
+        run = self.model.settings.run
+        return Usage(
+            self.title, self.to, run.model_family, self.recipe, self.dtype, self.base.repository,
+            own_code=run.method == "arcflow",
+        )  # fmt: skip
+
     def sheet(self) -> Sheet | None:
         """The newest sample sheet that is not of a later step than the student."""
         sheets = read_sheets(Path(str(self.model.run)) / "samples")
         return next((sheet for sheet in reversed(sheets) if sheet.step <= int(self.model.step or 0)), None)
 
-    def metadata(self, built: Sequence[tuple[str, terms.Origin]], sheet: Sheet | None, pictures: Sequence[str]) -> Any:
+    def metadata(self, sheet: Sheet | None, pictures: Sequence[str]) -> Any:
+        """The hub's.  A LoRA is an adapter of its base, which user interfaces then offer it with."""
         from huggingface_hub import ModelCardData
 
-        base = next(found for role, found in built if role == "base model")
-        kind = "image-to-image" if self.edits else "text-to-image"
-        run = self.model.settings.run
-        tags = [kind, "diffusers", "diffusers-training", *([] if run.method == "sft" else ["distillation", "few-step"])]
+        run, base = self.model.settings.run, self.base
+        kind, lora = "image-to-image" if self.edits else "text-to-image", self.to != "pipeline"
+        tags = [
+            kind,
+            *(["lora"] if lora else []),
+            *(["diffusers", "diffusers-training"] if self.usage.in_diffusers else []),
+        ]
+        tags += [] if run.method == "sft" else ["distillation", "few-step"]
         told = zip(sheet.prompts if sheet else (), pictures[:-1], strict=False)
         widget = [{"text": prompt, "output": {"url": path}} for prompt, path in told]
-        related = {"base_model": base.repository, "base_model_relation": "finetune"} if base.repository else {}
+        relation = "adapter" if lora else "finetune"
+        related = {"base_model": base.repository, "base_model_relation": relation} if base.repository else {}
+        results = eval_results(self.table, str(self.model.run), self.model.step, kind)
         return ModelCardData(
-            library_name="diffusers", pipeline_tag=kind, tags=tags, **base.metadata, **related,
-            **({"widget": widget} if widget else {}),
+            library_name="diffusers" if self.usage.in_diffusers else None, pipeline_tag=kind, tags=tags,
+            model_name=self.title.rpartition("/")[2] if results else None, eval_results=results or None, **base.metadata,
+            **related, **({"widget": widget} if widget else {}),
         )  # fmt: skip
 
     def summary(self, stage: terms.Stage) -> str:
         run = self.model.settings.run
         calls = self.model.num_network_calls
         height_px, width_px = self.model.settings.size_px
-        made = "A fine-tuned model" if run.method == "sft" else f"A student that makes an image in {calls} network call"
+        kind = ("A fine-tuned model", "A student") if self.to == "pipeline" else ("A LoRA", "A LoRA")
+        made = kind[0] if run.method == "sft" else f"{kind[1]} that makes an image in {calls} network call"
         plural = "" if run.method == "sft" or calls == 1 else "s"
         return (
             f"{made}{plural}, at {width_px} x {height_px} px. Trained with {METHODS[run.method]}: "
@@ -133,34 +165,6 @@ def pictures_part(sheet: Sheet | None, pictures: Sequence[str], teacher: bool) -
     )
 
 
-# -- how it is called ------------------------------------------------------------------------------------------------
-
-
-def call_part(title: str, call: Mapping[str, Any], dtype: str, *, own_code: bool, edits: bool) -> str:
-    """Code that runs as it stands, but for the prompt (and the image that is edited)."""
-    options = ", ".join(f"{name}={value!r}" for name, value in call.items())
-    loaded = f'"{title}", torch_dtype=torch.{dtype}'
-    note = ""
-    if own_code:
-        loaded += f', custom_pipeline="{title}", trust_remote_code=True'
-        note = "\n\n`trust_remote_code` lets `pipeline.py` of this repository run: read it first, it is sixty lines."
-    asked = 'image=[load_image("picture.png")], prompt="make the sky pink"' if edits else '"a lighthouse at dusk"'
-    more = "from diffusers.utils import load_image\n" if edits else ""
-    if edits:
-        note = (
-            "\n\nUnder transformers 5 the text encoder must also be told which tokens are an image's: "
-            "train_t2i's docs/supervised.md has the lines."
-        )
-    return (
-        "## How to use it\n\n```python\nimport torch\nfrom diffusers import DiffusionPipeline\n"
-        f"{more}\npipe = DiffusionPipeline.from_pretrained({loaded})\n"
-        'pipe.to("cuda" if torch.cuda.is_available() else "cpu")\n'
-        f"image = pipe({asked}, {options}).images[0]\n```\n\n"
-        "The scheduler of this repository visits the times that the student was trained on; another one does not. "
-        f"`recommended.json` holds the same call for programs.{note}"
-    )
-
-
 # -- what it measures, what it rests on ------------------------------------------------------------------------------
 
 
@@ -175,6 +179,27 @@ def table_part(rows: Sequence[Mapping[str, Any]]) -> str:
         + f"\n\n{told}In brackets: 95 % bootstrap intervals of the mean over "
         "prompts. Rewards that it was trained on rise by themselves: see the settings below for which those are."
     )
+
+
+def eval_results(rows: Sequence[Mapping[str, Any]], run: str, step: int | None, task: str) -> list[Any]:
+    """What the table measured of this very step of this run, as the hub's ``model-index`` has it; of other rows nothing."""
+    from huggingface_hub import EvalResult
+
+    own = [
+        row
+        for row in rows
+        if row.get("run") and Path(row["run"]).resolve() == Path(run).resolve() and row.get("step") == step
+    ]
+    names = [name for name in columns_of(own) if name not in NO_RESULTS]
+    return [
+        EvalResult(
+            task_type=task, dataset_type="prompts", dataset_name=f"{row['count']} prompts, first seed {row['seed']}",
+            metric_type=name, metric_value=row[name],
+        )
+        for row in own
+        for name in names
+        if row.get(name) is not None
+    ]  # fmt: skip
 
 
 def terms_part(built: Sequence[tuple[str, terms.Origin]], complete: bool) -> str:

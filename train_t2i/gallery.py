@@ -17,6 +17,7 @@ from train_t2i.config import flag
 from train_t2i.errors import EXIT_DISK, EXIT_DONE, UserError
 
 if TYPE_CHECKING:
+    from train_t2i.families.base import Source
     from train_t2i.gallery_images import Column
     from train_t2i.pages.gallery import Picture
     from train_t2i.scorers import Scorers
@@ -35,7 +36,10 @@ class GalleryConfig:
     max_steps: int = flag(8, "steps shown, evenly over all; the first and the last always", low=1)
     rewards: str = flag("", "rewards to score each image with, comma list of NAME=PATH: weights file or tower folder")
     scorer: str | None = flag(None, "a score of your own, module:function, as of evaluate")
-    prompts: str | None = flag(None, "file of prompts: images are made from the run's checkpoints, the teacher's too")
+    prompts: str | None = flag(
+        None,
+        "prompts, of an edit model a table of edits: images are made from the run's checkpoints, the teacher's too",
+    )
     count: int | None = flag(None, "prompts of that file, from the first (default: 500)", low=1)
     pretrained_model: str | None = flag(None, "with --prompts: where the run's base model lies now, if it has moved")
 
@@ -63,22 +67,24 @@ def pictures(column: Column, width_px: int, scorers: Scorers | None) -> Iterator
     from train_t2i.pages.gallery import Picture
     from train_t2i.pages.parts import webp
 
-    images = iter(column.images())
-    keys = iter(column.keys)
+    images, first = iter(column.images()), 0
     while batch := list(islice(images, BATCH)):
-        prompts = [prompt for prompt, _ in islice(keys, len(batch))]
-        scores = scored(scorers, batch, prompts) if scorers else [{} for _ in batch]
+        rows = slice(first, first := first + len(batch))
+        prompts = [prompt for prompt, _ in column.keys[rows]]
+        scores = scored(scorers, batch, prompts, column.sources[rows]) if scorers else [{} for _ in batch]
         for image, found in zip(batch, scores, strict=True):
             yield Picture(webp(image, width_px), image.size, found)
 
 
-def scored(scorers: Scorers, images: Sequence, prompts: Sequence[str]) -> list[dict[str, float]]:
-    """Score name -> number, of each image."""
+def scored(
+    scorers: Scorers, images: Sequence, prompts: Sequence[str], sources: Sequence[Sequence[Source]]
+) -> list[dict[str, float]]:
+    """Score name -> number, of each image; an edit beside what it starts from."""
     import numpy as np
     import torch
 
     pixels = torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images])
-    found = scorers.scores(pixels.to(scorers.device).float() / 255, prompts)
+    found = scorers.scores(pixels.to(scorers.device).float() / 255, prompts, sources)
     return [{name: float(values[i]) for name, values in found.items()} for i in range(len(images))]
 
 
@@ -89,8 +95,11 @@ def main(arguments: Sequence[str]) -> int:
     from train_t2i.report_data import read_run
 
     run = read_run(config.runs[0])
-    if config.scorer and run.settings.get("model_family") in EDIT_FAMILIES:
-        raise UserError("--scorer: of edits it would need what they start from", "score them with evaluate")
+    if config.scorer and not config.prompts and run.settings.get("model_family") in EDIT_FAMILIES:
+        raise UserError(
+            "--scorer: a sheet holds what its edits start from in another size alone",
+            "give --prompts, a table of edits",
+        )
     from tqdm import tqdm
 
     from train_t2i.gallery_images import of_checkpoints, of_samples

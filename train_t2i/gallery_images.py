@@ -18,6 +18,7 @@ from train_t2i.report_data import RunStory, Sheet, draws_teacher, opened, thin
 if TYPE_CHECKING:
     from PIL import Image
 
+    from train_t2i.families.base import Source
     from train_t2i.image_layouts import Entry
     from train_t2i.student import ImageModel
 
@@ -28,11 +29,12 @@ BATCH = 8
 
 @dataclass(frozen=True)
 class Column:
-    """``images`` yields one RGB image a key, in order; it reads or makes them as it is asked."""
+    """``images`` yields one RGB image a key, in order; it reads or makes them as it is asked.  ``sources``: what each edits."""
 
     step: int | None  # None: the teacher
     keys: tuple[Key, ...]
     images: Callable[[], Iterator[Image.Image]]
+    sources: Sequence[Sequence[Source]] = ()
 
     @property
     def name(self) -> str:
@@ -138,6 +140,6 @@ def of_checkpoints(
         return load_teacher(teacher_config(choice), run.teacher_num_steps, run.teacher_cfg)
 
     return [
-        Column(None, keys, lambda: made(teacher)),
-        *(Column(step, keys, lambda step=step: made(lambda: student(step))) for step in steps),  # type: ignore[misc]
+        Column(None, keys, lambda: made(teacher), sources),
+        *(Column(step, keys, lambda step=step: made(lambda: student(step)), sources) for step in steps),  # type: ignore[misc]
     ]

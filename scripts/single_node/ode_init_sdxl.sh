@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # One-step SDXL, before stage 1: regression on (noise, prompt, teacher latent) pairs at level 399, as DMD2's initialisation.
-# Make the pairs first: python -m train_t2i pairs --out runs/pairs  (TINY=1 makes its own)
+# Make the pairs first: python -m train_t2i pairs --data-path-train PROMPTS --out runs/pairs  (TINY=1 makes its own)
 #
 #   bash scripts/single_node/ode_init_sdxl.sh [FLAGS]      TINY=1 for the tiny world
 # shellcheck source=scripts/sdxl.sh

@@ -7,8 +7,8 @@ lora       the generator's LoRA for ``load_lora_weights`` and ComfyUI, and the s
 kohya      the same LoRA under the names of kohya's trainers
 
 ``recommended.json`` has the call: N, guidance, size, text length.  The headers of the weights' files say how they are sampled
-(recipe.py).  What is written is read back and compared before the folder gets its name.  A pipeline folder has the hub's card,
-``README.md``, and ``--push ORG/NAME`` uploads it.
+(recipe.py).  What is written is read back and compared before the folder gets its name.  All but ``merged`` have the hub's card,
+``README.md``, and ``--push ORG/NAME`` uploads the folder.
 """
 
 from __future__ import annotations
@@ -65,9 +65,9 @@ def check_asked(config: ExportConfig) -> None:
         raise UserError(f"--to {config.to}: not available", f"available: {', '.join(FORMATS)}")
     if config.to in ONE_FILE and config.max_shard_size != ExportConfig().max_shard_size:
         raise UserError(f"--max-shard-size does nothing for --to {config.to}, which is one file", "leave it out")
-    if config.to != "pipeline" and (config.table or config.push):
+    if config.to == "merged" and (config.table or config.push):
         given = "--push" if config.push else "--table"
-        raise UserError(f"{given} does not go with --to {config.to}: only a pipeline has a card", "give --to pipeline")
+        raise UserError(f"{given} does not go with --to merged, which has no card", "give --to pipeline or --to lora")
     check_push(config.push, public=config.push_public, dry_run=config.dry_run)
     if len(config.runs) != 1:
         raise UserError(f"{len(config.runs)} runs are given", "give the one run to export, OUTPUT_DIR/EXP_NAME")
@@ -94,11 +94,7 @@ def main(arguments: Sequence[str]) -> int:
     )  # fmt: skip
     out = Path(config.out) if config.out else Path(str(model.run)) / config.to / f"step-{model.step}"
     refuse_existing(out)
-    dtype, recipe, needs_code = (
-        getattr(torch, DTYPES[config.dtype]),
-        recipe_of(model),
-        model.settings.run.method == "arcflow",
-    )
+    dtype, recipe = getattr(torch, DTYPES[config.dtype]), recipe_of(model)
     with new_folder(out) as folder:
         if config.to in ONE_FILE:
             write = {"lora": write_lora, "kohya": write_kohya}[config.to]
@@ -107,13 +103,13 @@ def main(arguments: Sequence[str]) -> int:
             write_weights = {"pipeline": write_pipeline, "merged": write_merged}[config.to]
             write_weights(model, recipe, folder, dtype, config.max_shard_size)
         write_json(folder / "recommended.json", recipe.call)
-        if config.to == "pipeline":
-            Card(config.push or out.name, model, recipe.call, DTYPES[config.dtype], needs_code, rows).write(folder)
+        if config.to != "merged":
+            Card(config.push or out.name, model, recipe, DTYPES[config.dtype], config.to, rows).write(folder)
     call = ", ".join(f"{name}={value!r}" for name, value in recipe.call.items())
     print(f"{out}: pipe(prompt, {call})")
     if model.settings.run.model_family in EDIT_FAMILIES:
         print("its text encoder must be told which tokens are an image's: docs/supervised.md has the three lines")
-    if needs_code:
+    if model.settings.run.method == "arcflow":
         print(f"it is sampled with {out}/pipeline.py: docs/arcflow.md says how to load it")
     if config.push:
         print(upload(out, config.push, public=config.push_public, dry_run=config.dry_run))
