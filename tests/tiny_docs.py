@@ -1,7 +1,8 @@
 """The tiny form of every documented command: what a page's words stand for here, and what is not run, and why.
 
-Launchers that a page names run in their ``TINY=1`` column (test_scripts.py parses all of them in both), and all else that is shortened is in these tables.  ``{checkpoints}`` is the folder of
-the committed tiny models; other names are those of files on the desk, and of runs, which launchers make (reader.py).
+Launchers that a page names run in their ``TINY=1`` column (test_scripts.py parses all of them in both), and all else that
+is shortened is in these tables.  ``{checkpoints}`` is the folder of the committed tiny models; other names are those of files
+on the desk, and of runs, which launchers make (reader.py).
 """
 
 from __future__ import annotations
