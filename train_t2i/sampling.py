@@ -80,12 +80,14 @@ def simulate_to(
     level: Tensor,
     *,
     whole: bool = False,
+    least_rows: int = 1,
 ) -> Tensor:
     """Backward simulation (DMD2 section 4.4): run the student as at inference; (B, C, H, W) fp32.
 
     Row b is the clean estimate that the student made at its own grid time ``level[b]`` (B,) int64, on the host; a row that
     has it takes part in no further call.  ``x0_of(x, t, rows)``: the estimate for some ``rows`` (n,) int64 of the batch.
     The run stops at the largest level drawn: max(level) + 1 network calls; ``whole`` makes all, whatever was drawn.
+    No call has fewer than ``least_rows``, if the batch has them: rows that are done fill it up, and are not heard.
     """
     order = level.argsort(descending=True, stable=True)  # those that go on longest come first
     num_calls = len(grid) - 1 if whole else int(level.max()) + 1
@@ -94,7 +96,7 @@ def simulate_to(
     order = order.to(noise.device, non_blocking=True)
     x, found = noise[order], []
     for i in range(num_calls):
-        rows = order[: max(going[i], 1)]  # a call that other processes make too has a row at least
+        rows = order[: max(going[i], least_rows)]  # a call that other processes make too has a row at least
         x = x[: len(rows)]
         x0 = x0_of(x, rows_at(grid[i], x), rows).float()
         found.append(x0[going[i + 1] : going[i]])

@@ -103,6 +103,7 @@ class DMDR(Method):
             lambda i: draw.normal(f"simulation/{i}", setting.latent_shape),
             level,
             whole=setting.calls_need_all,
+            least_rows=setting.least_rows,
         )
 
     def losses(self, role: Role, rollout: Rollout, clock: Clock) -> Iterator[tuple[Tensor, Metrics]]:
