@@ -175,6 +175,11 @@ def _check_dmdr(run: Config, method: DMDRConfig) -> None:
         )
     if method.srpo and not (listed(method.srpo_positive) and listed(method.srpo_negative)):
         raise UserError("--srpo needs words on both sides", "give --srpo-positive and --srpo-negative")
+    if method.reuse_rollout and run.sample_type == "ode":
+        raise UserError(
+            "--reuse-rollout does not go with --sample-type ode, whose guidance network learns finished samples",
+            "set --sample-type sde",
+        )
     _check_draw("gen", method.s_type_gen, method.gen_a)
     _check_draw("gui", method.s_type_gui, method.gui_a)
     given = wanted_rewards(method)

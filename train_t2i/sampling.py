@@ -85,7 +85,8 @@ def simulate_to(
     """Backward simulation (DMD2 section 4.4): run the student as at inference; (B, C, H, W) fp32.
 
     Row b is the clean estimate that the student made at its own grid time ``level[b]`` (B,) int64, on the host; a row that
-    has it takes part in no further call.  ``x0_of(x, t, rows)``: the estimate for some ``rows`` (n,) int64 of the batch.
+    has it takes part in no further call.  Level -1 wants none: zeros.
+    ``x0_of(x, t, rows)``: the estimate for some ``rows`` (n,) int64 of the batch.
     The run stops at the largest level drawn: max(level) + 1 network calls; ``whole`` makes all, whatever was drawn.
     No call has fewer than ``least_rows``, if the batch has them: rows that are done fill it up, and are not heard.
     """
@@ -102,8 +103,9 @@ def simulate_to(
         found.append(x0[going[i + 1] : going[i]])
         if i < num_calls - 1:
             x = path.step(x, x0, rows_at(grid[i], x), rows_at(grid[i + 1], x), renoise(i + 1)[rows])
-    kept = torch.empty_like(noise, dtype=torch.float32)
-    kept[order] = torch.cat(found[::-1])
+    kept = torch.zeros_like(noise, dtype=torch.float32)
+    if found:
+        kept[order[: going[0]]] = torch.cat(found[::-1])
     return kept
 
 
