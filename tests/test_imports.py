@@ -90,6 +90,7 @@ ANNEXES = {
     "storage": "checkpoint",
     "base_quant": "networks",
     "adapters": "networks",
+    "compiled": "networks",
     "peers": "engine",
     "prepare": "train",
     "environment": "train",

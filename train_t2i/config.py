@@ -122,6 +122,12 @@ class Config:
     gradient_checkpointing: bool = flag(
         False, "recompute activations in backward: less memory, more time", resume="warn"
     )
+    compile: str = flag(
+        "off",
+        "blocks: torch.compile the networks' repeated blocks; slower until each is compiled (minutes), equal up to rounding",
+        resume="warn",
+        choices=("off", "blocks"),
+    )
     mixed_precision: str = flag("fp16", "number format of the network calls", choices=("no", "fp16", "bf16"))
     seed: int = flag(30, "seed of everything random", low=0, high=2**63 - 1)
     # -- run

@@ -113,7 +113,7 @@ def prepare(settings: Settings, folder: RunFolder, engine: Engine, stop: StopReq
     check_trains(settings, resumed.record["step"])
     if resumed.continues and monitor.gamed(settings, readings := readings_of(resumed.record)):
         raise monitor.stop_of(settings, readings, folder)
-    build.check_started(settings, engine.backend_name)
+    build.check_started(settings, engine.backend_name, engine.device)
     found = [*engine.told, *reward_terms.check(settings.method)]
     build.check_initial(cfg)
     data, batch, settings = read_data(settings, folder, engine, resumed)

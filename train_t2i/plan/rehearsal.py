@@ -108,7 +108,7 @@ def weight_bytes(net: nn.Module) -> int:
 def empty_networks(settings: Settings, family: Any, dtype: torch.dtype, autocast: Any) -> Networks:
     """The roles of the run, on its layout; what a generator starts from changes no size."""
     layout, kind = resolved_layout(settings.run), METHODS[settings.run.method]
-    bare = replace(settings.run, layout=layout, generator_init=None, xl_ode_pretrain_path=None)
+    bare = replace(settings.run, layout=layout, generator_init=None, xl_ode_pretrain_path=None, compile="off")
     with META:
         return build.assemble(
             replace(settings, run=bare), family, uses=kind.uses, trains=kind.trains, dtype=dtype,
