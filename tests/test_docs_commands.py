@@ -28,7 +28,7 @@ LOOP = re.compile(r"for (\w+) in (.*?); do (.*?); done")
 ASSIGNMENT = re.compile(r"[A-Z_][A-Z0-9_]*=.*", re.DOTALL)
 # beginnings of commands of others: the files that they name are looked for, nothing else
 FOREIGN = ("conda env create", "conda activate", "uv sync", "python -c", "python evaluation/evaluate_images.py")
-WITHOUT_FLAGS = ("quickstart.sh", "test.sh")
+WITHOUT_FLAGS = ("quickstart.sh", "test.sh", "benchmark_gpu.sh")
 
 
 def blocks() -> Iterator[Any]:
@@ -133,6 +133,8 @@ def parse_script(script: Path, found: Command, work: Path) -> None:
         launch = nodes.read(words, found.environment)
         once = Command(["bash", launch.train_script, *launch.flags])
         parse_launcher(Path(launch.remote_dir, launch.train_script).resolve(), once, work)
+    elif script.name == "benchmark.sh":
+        parse_verb("benchmark", words)
     elif script.name == "chaos.sh":
         import_module("chaos").parser().parse_args(words)
     else:

@@ -13,7 +13,7 @@ from train_t2i.cli import parse
 from train_t2i.config import Config
 from train_t2i.plan import rehearsed
 from train_t2i.plan.model import published_of
-from train_t2i.plan.rehearsal import ModuleBytes, Peak, Piece, Rehearsal
+from train_t2i.plan.rehearsal import ModuleBytes, Peak, Piece, Rehearsal, Simulation
 from train_t2i.plan.traffic import Traffic, told_traffic, traffic
 from train_t2i.plan.work import Call, Work
 
@@ -27,6 +27,7 @@ COUNTED = {  # backend, flags
     "fsdp2, full": ("fsdp2", "--layout paired"),
     "fsdp2, full, accumulated": ("fsdp2", f"--layout paired {MORE}"),
     "fsdp2, separate": ("fsdp2", "--layout separate --lora-rank 32"),
+    "fsdp2, reused": ("fsdp2", "--layout paired --sample-num-steps 3 --reuse-rollout"),
     "zero3, full": ("zero3", "--layout paired"),
 }
 VOTES = 400  # bytes: on finiteness, on stopping, means for the logs
@@ -83,7 +84,7 @@ MADE = Rehearsal(
         "guidance": Work(calls=(Call("base", True, 2),)),
         "generator": Work(calls=(Call("gen", True, 2), Call("base", False, 4), Call("base", False, 2))),
     },
-    times={"rollout": 5, "guidance": 5, "generator": 1},
+    times={"rollout": 5, "guidance": 5, "generator": 1}, simulation=Simulation(mean=10, all=15),
 )  # fmt: skip
 RUN = Config(batch_size=2, sample_num_steps=3, mixed_precision="bf16", gradient_accumulation_steps=2)
 

@@ -16,11 +16,11 @@ from measured import counted_step
 
 from train_t2i.cli import parse
 from train_t2i.config import Config
-from train_t2i.plan.floor import CARDS, Floor, card_of, floor, least_seconds, shares
+from train_t2i.plan.floor import CARDS, Floor, card_of, floor, least_seconds
 from train_t2i.plan.ledger import like_a_gpu
 from train_t2i.plan.model import empty_family, published_of
 from train_t2i.plan.page import told_floor
-from train_t2i.plan.rehearsal import ModuleBytes, Peak, Rehearsal, rehearse
+from train_t2i.plan.rehearsal import ModuleBytes, Peak, Rehearsal, Simulation, rehearse, simulation
 from train_t2i.plan.work import Call, Counter, Work
 
 EXACT = {"gradient_share": 1.0, "gathered": False}
@@ -109,6 +109,7 @@ ROWS = {
     "full": "--lora-rank 4",
     "adapters": "--use-lora-gen --lora-rank 4 --gradient-checkpointing",
     "all levels": "--use-lora-gen --lora-rank 4 --sample-num-steps 2 --sample-type ode --reward-batch-size 1",
+    "reused": "--use-lora-gen --lora-rank 4 --reuse-rollout",
     "sft": "--method sft",
     "direct": "--method direct --use-lora-gen --lora-rank 4 --sample-num-steps 3 --step-checkpointing",
 }
@@ -144,18 +145,17 @@ MADE = Rehearsal(
     trained={"generator": 2000, "guidance": 100}, encoder_bytes=0, vae_bytes=0, reward_bytes=0,
     rollout=Peak(), updates={}, sheet=Peak(),
     work={
-        "rollout": Work(network=70, calls=(Call("gen", False, 4), Call("gen", False, 3))),
+        "rollout": Work(network=40, calls=(Call("gen", False, 4),)),
         "guidance": Work(network=120, calls=(Call("base", True, 4),)),
         "generator": Work(network=320, rest=50, again=9, calls=(Call("gen", True, 4), Call("base", False, 8))),
     },
-    times={"rollout": 5, "guidance": 5, "generator": 1},
+    times={"rollout": 5, "guidance": 5, "generator": 1}, simulation=Simulation(mean=5 * 2.5, all=20),
 )  # fmt: skip
 RUN = Config(batch_size=4, sample_num_steps=4, mixed_precision="bf16", gradient_accumulation_steps=2)
 
 
 def test_a_step_is_its_ticks_with_levels_drawn_evenly() -> None:
     least = floor(RUN, MADE, 1)
-    assert shares(RUN, "rollout", MADE.work["rollout"]) == (2.5 * 4 / 7, 2.5 / 2)
     assert least.network == {"rollout": 5 * 2 * 100, "guidance": 5 * 2 * 120, "generator": 2 * 320}
     assert (least.rest, least.again) == (2 * 50, 2 * 9)
     # bf16: 4000 bytes a call; forward and backward of what builds a graph
@@ -163,7 +163,15 @@ def test_a_step_is_its_ticks_with_levels_drawn_evenly() -> None:
     assert least.updated == (16 + 16) * (5 * 100 + 2000)
     assert floor(replace(RUN, use_8bit_adam=True), MADE, 1).updated == (16 + 2 * (2 + 8 / 256)) * 2500
     assert floor(replace(RUN, backend="fsdp2"), MADE, 8).updated == least.updated / 8
-    assert floor(replace(RUN, sample_type="ode"), MADE, 1).network["rollout"] == 5 * 2 * 70
+
+
+def test_how_many_calls_simulations_make() -> None:
+    """docs/performance.md: R (N + 1) / 2 calls a row; the whole grid along the ODE; one less where the last is reused."""
+    told = "--sample-num-steps 4 --ratio-update 5"
+    assert simulation(parse(told.split())) == Simulation(5 * 2.5, 20)
+    assert simulation(parse([*told.split(), "--reuse-rollout"])) == Simulation(5 * 2.5 - 1, 19)
+    assert simulation(parse([*told.split(), "--sample-type", "ode"])) == Simulation(20, 20)
+    assert simulation(parse(["--method", "sft"])) is None
 
 
 def test_the_least_time_is_of_what_takes_longer() -> None:

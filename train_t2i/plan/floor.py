@@ -8,7 +8,6 @@ from train_t2i.config import Config
 from train_t2i.engine import DTYPES
 from train_t2i.plan.estimate import ADAM_8BIT_BYTES, ADAM_BYTES, FP32_BYTES, gradient_share
 from train_t2i.plan.rehearsal import Rehearsal
-from train_t2i.plan.work import Work
 
 
 @dataclass(frozen=True)
@@ -33,36 +32,19 @@ class Floor:
         return self.read + self.updated
 
 
-def simulated(run: Config) -> float | None:
-    """Network calls of a row in DMDR's simulation, levels drawn evenly; None where the rehearsal has made them all."""
-    evenly_drawn = run.method == "dmdr" and run.sample_type == "sde"
-    return (run.sample_num_steps + 1) / 2 if evenly_drawn else None
-
-
 def floor(run: Config, found: Rehearsal, world: int) -> Floor:
     network, rest, again, read, updated = {}, 0.0, 0.0, 0.0, 0.0
     for phase, work in found.work.items():
-        times = found.times[phase] * run.gradient_accumulation_steps
-        of_rows, of_calls = shares(run, phase, work)
-        network[phase] = times * work.network * of_rows
+        simulated = found.simulation if phase == "rollout" else None
+        times = run.gradient_accumulation_steps * (simulated.mean if simulated else found.times[phase])
+        network[phase] = times * work.network
         rest, again = rest + times * work.rest, again + times * work.again
-        read += (
-            times
-            * of_calls
-            * sum(weight_bytes(run, found, call.module) * (2 if call.builds_graph else 1) for call in work.calls)
-        )
+        for call in work.calls:
+            read += times * (2 if call.builds_graph else 1) * weight_bytes(run, found, call.module)
     moments = ADAM_8BIT_BYTES if run.use_8bit_adam else ADAM_BYTES
     for role, count in found.trained.items():
         updated += found.times[role] * count * gradient_share(run, world) * (4 * FP32_BYTES + 2 * moments)
     return Floor(network, rest, again, read, updated)
-
-
-def shares(run: Config, phase: str, work: Work) -> tuple[float, float]:
-    """(rows, calls) of a step's average simulation over those of the one that was rehearsed, whose levels were drawn."""
-    calls = simulated(run)
-    if phase != "rollout" or calls is None or not work.calls:
-        return 1.0, 1.0
-    return calls * run.batch_size / work.rows, calls / len(work.calls)
 
 
 def weight_bytes(run: Config, found: Rehearsal, module: str) -> float:

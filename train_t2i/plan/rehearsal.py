@@ -53,6 +53,14 @@ class ModuleBytes:
 
 
 @dataclass(frozen=True)
+class Simulation:
+    """Calls of the generator that a step's simulations make: of a row on average, and where every process makes all."""
+
+    mean: float
+    all: int
+
+
+@dataclass(frozen=True)
 class Rehearsal:
     """What a run keeps, and what its updates take on top, for one device that has everything."""
 
@@ -66,6 +74,7 @@ class Rehearsal:
     sheet: Peak  # drawing sample images
     work: dict[str, Work] = field(default_factory=dict)  # "rollout" and each role: what a micro-batch computes
     times: dict[str, int] = field(default_factory=dict)  # how often each is in a step
+    simulation: Simulation | None = None  # where the rollout is one: its work is then that of a single call
 
 
 def rehearse(settings: Settings, found: Published, *, gradient_share: float, gathered: bool) -> Rehearsal:
@@ -92,7 +101,7 @@ def rehearse(settings: Settings, found: Published, *, gradient_share: float, gat
     towers = [tower_of(term.score).model for term in terms] + [tower.model for tower in watched]
     return Rehearsal(
         modules, trained, shapes.num_encoder_parameters * dtype.itemsize, sum(map(weight_bytes, coders)),
-        sum(map(weight_bytes, towers)), rollout, updates, sheet, work, times_in_a_step(settings, method),
+        sum(map(weight_bytes, towers)), rollout, updates, sheet, work, times_in_a_step(settings, method), simulation(settings),
     )  # fmt: skip
 
 
@@ -206,6 +215,25 @@ def times_in_a_step(settings: Settings, method: Any) -> dict[str, int]:
     return {"rollout": ticks, **{role: updated.count(role) for role in method.trains}}
 
 
+def simulation(settings: Settings) -> Simulation | None:
+    """DMDR's: levels drawn evenly; along the ODE to the end; ``reuse_rollout`` saves one call a row."""
+    method, num_steps = settings.method, settings.run.sample_num_steps
+    if not isinstance(method, DMDRConfig):
+        return None
+    mean = float(num_steps) if settings.run.sample_type == "ode" else (num_steps + 1) / 2
+    ticks, saved = method.ratio_update, int(method.reuse_rollout)
+    return Simulation(ticks * mean - saved, ticks * num_steps - saved)
+
+
+def one_call(settings: Settings, networks: Networks, batch: Batch, counter: Counter) -> Work:
+    """Of the generator, without a graph, by all rows: what a simulation is made of."""
+    rows, shape = settings.run.batch_size, build.latent_shape(networks.family, settings.size_px)
+    x, t = torch.empty(rows, *shape, device=META), torch.empty(rows, device=META)
+    counter.take()
+    networks.x0("generator", x, t, networks.family.encode(batch.prompts, None))
+    return counter.take()
+
+
 def tick(
     settings: Settings, networks: Networks, method: Any, gradient_share: float, counter: Counter
 ) -> tuple[Peak, dict[Role, Peak], dict[str, Work]]:
@@ -217,7 +245,8 @@ def tick(
     with Ledger() as ledger:
         rollout = method.rollout(batch, clock)
     updates: dict[Role, Peak] = {}
-    work = {"rollout": counter.take()}
+    simulates = isinstance(settings.method, DMDRConfig)
+    work = {"rollout": one_call(settings, networks, batch, counter) if simulates else counter.take()}
     for role in method.roles_at(clock):
         parameters = networks.parameters(role)
         micro_batches = run.gradient_accumulation_steps * method.parts

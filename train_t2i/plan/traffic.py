@@ -13,7 +13,6 @@ from train_t2i.config import Config
 from train_t2i.engine import DTYPES
 from train_t2i.plan.estimate import FP32_BYTES, GB
 from train_t2i.plan.rehearsal import Piece, Rehearsal
-from train_t2i.plan.work import Call
 
 WORLDS = (8, 64, 1000)
 
@@ -54,10 +53,10 @@ def scattered(found: Rehearsal, world: int) -> int:
     return sum(FP32_BYTES * found.times[p.role] * padded(p, world) for p in pieces if p.role is not None)
 
 
-def calls_of(run: Config, found: Rehearsal, phase: str) -> tuple[Call, ...]:
-    """Of a micro-batch; where every process makes every call, DMDR's simulation makes one a level."""
-    calls = found.work[phase].calls
-    return calls[:1] * run.sample_num_steps if phase == "rollout" and run.method == "dmdr" else calls
+def times_of(run: Config, found: Rehearsal, phase: str) -> int:
+    """How often a step makes the calls of a phase, where every process makes every call."""
+    simulated = found.simulation if phase == "rollout" else None
+    return run.gradient_accumulation_steps * (simulated.all if simulated else found.times[phase])
 
 
 def block_gathers(run: Config, found: Rehearsal, world: int) -> float:
@@ -68,10 +67,10 @@ def block_gathers(run: Config, found: Rehearsal, world: int) -> float:
         return low * sum(padded(p, world) for p in found.modules[module].pieces if p.inside == inside)
 
     total = 0.0
-    for phase, times in found.times.items():
-        for call in calls_of(run, found, phase):
+    for phase, work in found.work.items():
+        for call in work.calls:
             passes = 2 if call.builds_graph else 1
-            total += passes * times * run.gradient_accumulation_steps * size(call.module, inside=True)
+            total += passes * times_of(run, found, phase) * size(call.module, inside=True)
     return total + sum(times * size(module, inside=False) for module, times in outer_gathers(run, found))
 
 
@@ -80,7 +79,7 @@ def outer_gathers(run: Config, found: Rehearsal) -> Iterator[tuple[str, int]]:
     whole: set[str] = set()
     for phase, times in found.times.items():  # the rollout, then each role's update
         for _ in range(run.gradient_accumulation_steps):
-            calls = calls_of(run, found, phase)
+            calls = found.work[phase].calls
             for call in calls:
                 if call.module not in whole:
                     yield call.module, times
@@ -93,12 +92,12 @@ def outer_gathers(run: Config, found: Rehearsal) -> Iterator[tuple[str, int]]:
 def whole_gathers(run: Config, found: Rehearsal) -> float:
     """ZeRO-3: every call gathers its module, masters in fp32.  Less is sent where tensors are small, and kept whole."""
     total = 0.0
-    for phase, times in found.times.items():
-        for call in calls_of(run, found, phase):
+    for phase, work in found.work.items():
+        for call in work.calls:
             module = found.modules[call.module]
             trained = sum(p.count * p.rows * p.width for p in module.pieces if p.role is not None)
             passes = 2 if call.builds_graph else 1
-            total += passes * times * run.gradient_accumulation_steps * (module.frozen_bytes + FP32_BYTES * trained)
+            total += passes * times_of(run, found, phase) * (module.frozen_bytes + FP32_BYTES * trained)
     return total
 
 
