@@ -82,7 +82,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     if not shown:
         return
     apart = told_apart(rows)
-    figure = matplotlib.figure.Figure(figsize=(9, 0.36 * len(shown) + 1.3), layout="constrained", dpi=130)
+    figure = matplotlib.figure.Figure(figsize=(10, 0.36 * len(shown) + 1.3), layout="constrained", dpi=130)
     axes = figure.subplots()
     longest = max(row["seconds_step"] for row in shown)
     for place, row in enumerate(shown):
@@ -95,8 +95,8 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     labels = [", ".join(label(key, row) for key in apart) or words("model", row["model"]) for row in shown]
     axes.set_yticks(range(len(shown)), labels, fontsize=8, color=INK)
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.3 * longest)
-    axes.set_xlabel("seconds of a step", fontsize=8, color=INK)
+    axes.set_xlim(0, 1.7 * longest)  # what is told beside a bar takes room
+    axes.set_xlabel("seconds of a step", fontsize=8, color=INK, loc="left")
     axes.tick_params(which="both", labelsize=8, colors=INK, length=0)
     axes.grid(axis="x", color=FAINT, linewidth=0.6)
     axes.set_axisbelow(True)
@@ -111,7 +111,9 @@ def label(key: str, row: dict[str, Any]) -> str:
     """A setting that says by itself what it is of, or with its name."""
     value = words(key, row.get(key, ""))
     if key == "gradient_checkpointing":
-        return "checkpointed" if value == "on" else "kept"
+        return "checkpointed" if value == "on" else "not checkpointed"
+    if key == "rewards":
+        return f"{value if row.get(key) else 'no'} rewards"
     if key == "compile":
         return "compiled" if value == "blocks" else "eager"
     alone = key in ("model", "layout", "schedule", "backend", "mixed_precision", "device")
@@ -121,7 +123,7 @@ def label(key: str, row: dict[str, Any]) -> str:
 def note(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
     ratio = ratio_to_published(row, rows)
     peak = f"{row['seconds_step']:.3g} s, {row['peak_memory_gib']:.3g} GiB"
-    return peak + (f"; {ratio['seconds']:.2f}, {ratio['peak']:.2f} of published" if ratio else "")
+    return peak + (f" ({ratio['seconds']:.2f} and {ratio['peak']:.2f} of published)" if ratio else "")
 
 
 def add_legend(figure: Any, shown: Sequence[dict[str, Any]]) -> None:
