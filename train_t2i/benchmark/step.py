@@ -65,7 +65,7 @@ class Bench:
 
 
 def prepare(config: BenchmarkConfig, settings: Settings) -> Bench:
-    checkpointing = settings.run.gradient_checkpointing
+    checkpointing = settings.run.recomputes
     engine = Engine(Flags(config.mixed_precision))
     watch = Stopwatch(engine.device)
     if config.size == "sdxl":

@@ -140,7 +140,7 @@ def _empty_sdxl(kind: Any, found: Published, run: Config, dtype: torch.dtype) ->
         with told_of(found.repository):
             return _on_meta(diffusers.UNet2DConditionModel, found.denoiser, dtype)
 
-    return kind(pipe, load, shift=run.shift or 1.0, checkpoint_decoder=run.gradient_checkpointing)
+    return kind(pipe, load, shift=run.shift or 1.0, checkpoint_decoder=run.recomputes)
 
 
 def _empty_flow(kind: Any, found: Published, run: Config, dtype: torch.dtype) -> Family:
@@ -150,7 +150,7 @@ def _empty_flow(kind: Any, found: Published, run: Config, dtype: torch.dtype) ->
     )
     options = FamilyOptions(
         dtype=dtype, shift=run.shift or None, size_px=parse_resolution(run.resolution), encoders=False,
-        text_length=run.text_length or None, guidance=run.guidance_embed, checkpoint_decoder=run.gradient_checkpointing,
+        text_length=run.text_length or None, guidance=run.guidance_embed, checkpoint_decoder=run.recomputes,
     )  # fmt: skip
     config = dict(_on_meta(kind.Transformer, found.denoiser, dtype).config)
     return kind(pipe, config, lambda dtype: _on_meta(kind.Transformer, found.denoiser, dtype), options)
@@ -163,7 +163,7 @@ def _empty_tiny(run: Config, latent_channels: int) -> Any:
         shape = _read(config) if config.is_file() else {"latent_channels": latent_channels}
         tiny = _on_meta(diffusers.AutoencoderTiny, shape, torch.float32).requires_grad_(False)
     check_channels(tiny, latent_channels, f"--tiny-vae {run.tiny_vae}")
-    if run.gradient_checkpointing:
+    if run.recomputes:
         tiny.enable_gradient_checkpointing()
     return tiny
 
