@@ -69,6 +69,7 @@ ROOMS = {
             "watchdog",
             "monitor",
             "guard",
+            "plan",
         ),  # its own parts, which other verbs share
     },
     "launch": set(),

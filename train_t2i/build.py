@@ -72,7 +72,7 @@ def build_family(run: Config, dtype: torch.dtype) -> Family:
         size_px=parse_resolution(run.resolution),
         text_length=run.text_length or None,
         guidance=run.guidance_embed,
-        checkpoint_decoder=run.gradient_checkpointing,
+        checkpoint_decoder=run.recomputes,
         encoders=run.prompt_cache is None,
     )
     if run.prompt_cache is None:
@@ -141,7 +141,7 @@ def assemble(
         trains=trains,
         dtype=dtype,
         place=place,
-        checkpointing=run.gradient_checkpointing,
+        checkpointing=run.recomputes,
         compiled=run.compile == "blocks",
         base_quant=run.base_quant,
         autocast=autocast,

@@ -75,10 +75,10 @@ def simulated_whole(method: Any) -> Callable[..., Tensor]:
     """``DMDR._simulated`` that makes every call for every row, whatever was drawn, and picks afterwards."""
     networks, path, setting = method.networks, method.path, method.setting
 
-    def simulated(cond: Cond, draw: Draw, level: Tensor, grid: Tensor) -> Tensor:
+    def simulated(cond: Cond, draw: Draw, level: Tensor) -> Tensor:
         x, found = draw.normal("simulation/0", setting.latent_shape), []
-        for i in range(len(grid) - 1):
-            t, s = rows_at(grid[i], x), rows_at(grid[i + 1], x)
+        for i in range(len(setting.grid) - 1):
+            t, s = rows_at(setting.grid[i], x), rows_at(setting.grid[i + 1], x)
             found.append(networks.x0("generator", x, t, cond).float())
             x = path.step(x, found[-1], t, s, draw.normal(f"simulation/{i + 1}", setting.latent_shape))
         return torch.stack(found)[level.to(x.device), torch.arange(len(level), device=x.device)]

@@ -83,7 +83,7 @@ class DMDR(Method):
         draw = setting.draw(clock, batch.indices)
         level = self.level_times.sample_index(draw.on_host(), "level", clock.step, setting.grid)
         reused = self.config.reuse_rollout and "generator" in self.roles_at(clock)
-        x0 = self._simulated(cond, draw, level - 1 if reused else level, setting.grid[:-1] if reused else setting.grid)
+        x0 = self._estimated(cond, draw, level - 1, setting.grid[:-1]) if reused else self._simulated(cond, draw, level)
         t = setting.grid.to(setting.device, non_blocking=True)[level.to(setting.device, non_blocking=True)]
         fresh = draw.normal("student_input", setting.latent_shape)
         # At the top of its grid the student starts from pure noise, whatever level conditions it there.  Below, it is given
@@ -91,23 +91,22 @@ class DMDR(Method):
         x_t = torch.where(per_row(t == setting.grid[0], x0), fresh, self.path.add_noise(x0, fresh, t))
         return Rollout(batch.prompts, cond, draw, x0, x_t, t)
 
-    def _simulated(self, cond: Cond, draw: Draw, level: Tensor, grid: Tensor) -> Tensor:
-        """(B, C, H, W) what the student makes: along the ODE its finished sample, else its estimate at each row's level.
-
-        ``grid`` ends after the last level that there may be.
-        """
+    def _simulated(self, cond: Cond, draw: Draw, level: Tensor) -> Tensor:
+        """(B, C, H, W) what the student makes: along the ODE its finished sample, else its estimate at each row's level."""
         setting = self.setting
-
+        if setting.sample_type != "ode":
+            return self._estimated(cond, draw, level, setting.grid)
         noise = draw.normal("simulation/0", setting.latent_shape)
-        if setting.sample_type == "ode":
-            return few_step(
-                lambda x, t: self.networks.x0("generator", x, t, cond), self.path, setting.grid, noise, None
-            )
+        return few_step(lambda x, t: self.networks.x0("generator", x, t, cond), self.path, setting.grid, noise, None)
+
+    def _estimated(self, cond: Cond, draw: Draw, level: Tensor, grid: Tensor) -> Tensor:
+        """(B, C, H, W) the student's estimate at each row's level of ``grid``; zeros at level -1."""
+        setting = self.setting
         return simulate_to(
             lambda x, t, rows: self.networks.x0("generator", x, t, cond.take(rows)),
             self.path,
             grid,
-            noise,
+            draw.normal("simulation/0", setting.latent_shape),
             lambda i: draw.normal(f"simulation/{i}", setting.latent_shape),
             level,
             whole=setting.calls_need_all,

@@ -78,7 +78,7 @@ def main(arguments: Sequence[str]) -> int:
     plan = estimate(run, found, world)
     print("\n".join(page(name, run, resolved_layout(run), world, found, plan)), flush=True)
     turned = levers(run, found, world)
-    if not run.gradient_checkpointing:
+    if not run.recomputes:
         again = replace(run, gradient_checkpointing=True)
         other = rehearsed(replace(settings, run=again), published, world)
         turned.insert(0, Lever("--gradient-checkpointing (counted)", estimate(again, other, world)))

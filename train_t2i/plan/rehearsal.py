@@ -178,7 +178,7 @@ def empty_rewards(settings: Settings, dtype: torch.dtype) -> tuple[tuple[RewardT
         return rewards.tower.empty_model(source, dtype).eval().requires_grad_(False)
 
     with replaced(rewards.tower, "resolve", resolved), replaced(rewards.tower, "load_model", load):
-        terms = reward_terms.build_terms(method, dtype, META, run.gradient_checkpointing, run.seed, only=rewards.TOWERS)
+        terms = reward_terms.build_terms(method, dtype, META, run.recomputes, run.seed, only=rewards.TOWERS)
         paths = monitor_paths(method) if isinstance(method, DMDRConfig) else {}
         return terms, [
             reward_terms.build_reward(name, path, dtype, META, False)
