@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
 from train_t2i import build, reward_terms
-from train_t2i.config import Settings
+from train_t2i.config import DMDRConfig, Settings
 from train_t2i.engine import DTYPES
 from train_t2i.families import Cond
 from train_t2i.methods import METHODS
-from train_t2i.methods.base import Batch
+from train_t2i.methods.base import Batch, Clock
 from train_t2i.plan.model import empty_family, published_of
 from train_t2i.plan.rehearsal import last_tick
 
@@ -50,10 +52,32 @@ def full_texts(settings: Settings, dtype: torch.dtype) -> dict[bool, Cond]:
     return {bare: filled(empty.encode(prompts, None if bare else "")) for bare in (True, False)}
 
 
-def measured_tick(settings: Settings) -> dict[str, int]:
-    """Peak bytes of the rollout, of each role's update and of the sample images, on real tensors."""
+@dataclass
+class Real:
+    """The networks, method and rewards of a run on real tensors, told texts as long as they can be."""
+
+    settings: Settings
+    networks: Any
+    method: Any
+    terms: tuple[Any, ...]
+
+    def batch(self) -> Batch:
+        run, shape = self.settings.run, self.latent_shape
+        rows = range(run.batch_size)
+        images, latents = torch.rand(run.batch_size, 3, *self.settings.size_px), torch.randn(run.batch_size, *shape)
+        return Batch(
+            rows, [f"red circle {i}" for i in rows], rows=rows, images=images, seeds=rows, latents=latents,
+            rand_devices=["cpu"] * run.batch_size, num_steps=[run.sample_num_steps] * run.batch_size,
+        )  # fmt: skip
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        return build.latent_shape(self.networks.family, self.settings.size_px)
+
+
+def real_run(settings: Settings) -> Real:
     run, dtype = settings.run, DTYPES[settings.run.mixed_precision]
-    settings = build.resolved(replace(settings, run=run))
+    settings = build.resolved(settings)
     family, kind = build.build_family(settings.run, dtype), METHODS[run.method]
     low = dtype != torch.float32
     networks = build.assemble(
@@ -63,15 +87,38 @@ def measured_tick(settings: Settings) -> dict[str, int]:
     device = torch.device("cpu")
     terms = reward_terms.build_terms(settings.method, dtype, device, run.gradient_checkpointing, run.seed)
     method = build.build_method(settings, networks, device, terms)
-    shape, clock = build.latent_shape(family, settings.size_px), last_tick(settings)
-    rows = range(run.batch_size)
-    latents = torch.randn(run.batch_size, *shape)
-    images = torch.rand(run.batch_size, 3, *settings.size_px)
-    batch = Batch(rows, ["a red circle " * 4] * run.batch_size, rows, images, latents, latents)
     told = full_texts(settings, dtype)
     family.encode = lambda prompts, negative=None, sources=(): told[negative is None]  # type: ignore[method-assign]
+    return Real(settings, networks, method, terms)
+
+
+def counted_step(settings: Settings) -> int:
+    """FLOPs of one whole step, all its ticks and all that is made a second time, as torch's own counter sees them.
+
+    Attention is made of its products: the CPU's fused kernel would compute one of them twice.
+    """
+    real = real_run(settings)
+    ticks = settings.method.ratio_update if isinstance(settings.method, DMDRConfig) else 1
+    step = settings.run.max_train_steps - 1
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        for tick in range(ticks):
+            clock, batch = Clock(step * ticks + tick, step, tick), real.batch()
+            batch = replace(batch, prompts=[f"{prompt} of tick {tick}" for prompt in batch.prompts])
+            rollout = real.method.rollout(batch, clock)
+            for role in real.method.roles_at(clock):
+                with real.networks.updating(role):
+                    for loss, _ in real.method.losses(role, rollout, clock):
+                        loss.backward()
+    return counter.get_total_flops()
+
+
+def measured_tick(settings: Settings) -> dict[str, int]:
+    """Peak bytes of the rollout, of each role's update and of the sample images, on real tensors."""
+    real = real_run(settings)
+    run, clock, batch = settings.run, last_tick(settings), real.batch()
+    networks, method, family = real.networks, real.method, real.networks.family
     rollout = method.rollout(batch, clock)
-    for term in terms:
+    for term in real.terms:
         term.score(torch.rand(run.batch_size, 3, *settings.size_px), term.prompts(batch.prompts), tick=clock.tick)
     found = {"rollout": peak_bytes(lambda: method.rollout(batch, clock))}
     for role in method.roles_at(clock):
@@ -85,5 +132,5 @@ def measured_tick(settings: Settings) -> dict[str, int]:
         for parameter in networks.parameters(role):
             parameter.grad = None
     with torch.no_grad():
-        found["sheet"] = peak_bytes(lambda: family.decode(torch.randn(run.batch_size_test, *shape)))
+        found["sheet"] = peak_bytes(lambda: family.decode(torch.randn(run.batch_size_test, *real.latent_shape)))
     return found

@@ -198,9 +198,9 @@ def test_a_run_goes_on_bit_for_bit_and_its_student_stands_on_the_whole_base(trai
 def test_what_cannot_be_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = Settings(Config(base_quant="int8"), DMDRConfig())
     with pytest.raises(UserError, match="--base-quant int8 does not go with --backend zero2: quantised"):
-        build.check_started(settings, "zero2")
-    build.check_started(settings, "ddp")
+        build.check_started(settings, "zero2", torch.device("cpu"))
+    build.check_started(settings, "ddp", torch.device("cpu"))
     monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
     with pytest.raises(UserError, match="--base-quant needs bitsandbytes"):
-        build.check_started(settings, "ddp")
-    build.check_started(Settings(Config(), DMDRConfig()), "fsdp2")
+        build.check_started(settings, "ddp", torch.device("cpu"))
+    build.check_started(Settings(Config(), DMDRConfig()), "fsdp2", torch.device("cpu"))

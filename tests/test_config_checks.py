@@ -34,7 +34,7 @@ OUT_OF_RANGE = [
     "--cold-start-iter -1", "--dynamic-step -1", "--gen-b 0", "--gui-b -1", "--reward-clip-weight -1",
     "--monitor-seeds 1", "--guard-reward-drop -1", "--guard-diversity-drop 1", "--guard-factor 1", "--reward-guard maybe",
     "--dmd-weight -1", "--batch-size-test 0", "--teacher-num-steps 0", "--teacher-cfg 0",
-    "--mixed-precision fp8", "--base-quant int4", "--layout pair", "--method magic", "--model-family sd9", "--s-type-gui normal",
+    "--mixed-precision fp8", "--compile all", "--base-quant int4", "--layout pair", "--method magic", "--model-family sd9", "--s-type-gui normal",
     "--lr-scheduler quadratic", "--use-lora-gen maybe", "--report-to nowhere", "--report-to ''",
     "--resolution 0", "--resolution -64", "--resolution 64x", "--resolution 64x64x64", "--resolution big",
     "--resolution 60", "--resolution 64x20", "--resolution ²",
@@ -79,6 +79,9 @@ CANNOT_WORK = [
     ("--dataloader_num_workers 2 --model-family sdxl", "--num-workers does nothing where the data is prompts alone"),
     ("--cold-start-iter 10", "--clip-reward-model"),
     ("--cold-start-iter 10 --reward-clip-weight 0", "no reward model"),
+    ("--compile blocks --base-quant int8", "--compile blocks does not go with --base-quant int8"),
+    ("--compile blocks --backend zero2", "--compile blocks does not go with --backend zero2"),
+    ("--reuse-rollout --sample-num-steps 4 --sample-type ode", "set --sample-type sde"),
     ("--hpsv2-reward-model x --srpo on --srpo-positive ,", "--srpo needs words on both sides"),
     ("--use-lora-gen --lora-targets to_(q", "--lora-targets to_(q: not a regular expression"),
     (

@@ -24,7 +24,7 @@ from train_t2i.launch import nodes
 FOREIGN = (
     "conda env create", "conda activate", "uv sync", "source .venv/bin/activate", "python -c", "python evaluation/evaluate_images.py",
 )  # fmt: skip
-WITHOUT_FLAGS = ("quickstart.sh", "test.sh")
+WITHOUT_FLAGS = ("quickstart.sh", "test.sh", "benchmark_gpu.sh")
 
 
 # -- what each program makes of its words ----------------------------------------------------------------------------
@@ -80,6 +80,8 @@ def parse_script(script: Path, found: Command, work: Path) -> None:
         launch = nodes.read(words, found.environment)
         once = Command(["bash", launch.train_script, *launch.flags])
         parse_launcher(Path(launch.remote_dir, launch.train_script).resolve(), once, work)
+    elif script.name == "benchmark.sh":
+        parse_verb("benchmark", words)
     elif script.name == "chaos.sh":
         import_module("chaos").parser().parse_args(words)
     else:

@@ -14,6 +14,7 @@ import torch
 
 from train_t2i import benchmark, log
 from train_t2i.benchmark import step
+from train_t2i.benchmark.rows import Row
 from train_t2i.engine import Engine
 from train_t2i.full_size import random_vit_h_14
 
@@ -49,17 +50,17 @@ def test_one_step_of_sdxl_with_both_rewards(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Shared layout: one copy of the base serves three roles; only the two adapters move."""
-    tower = str(random_vit_h_14(tmp_path, torch.bfloat16))
+    tower = str(random_vit_h_14(tmp_path / "random_vit_h_14.safetensors", torch.bfloat16))
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a lighthouse at dusk\n")
     config = benchmark.BenchmarkConfig(
-        size="sdxl", data_path_train=str(prompts), resolution="128", batch_size=1, ratio_update=1, lora_rank=4,
+        models="sdxl", data_path_train=str(prompts), resolution="128", batch_size=1, ratio_update=1, lora_rank=4,
         mixed_precision="bf16", clip_reward_model=tower, hpsv2_reward_model=tower,
     )  # fmt: skip
     monkeypatch.setattr(Engine, "autocast", lambda self: nullcontext())
     for owner, name in MULTIPLY:
         monkeypatch.setattr(owner, name, wide(getattr(owner, name)))
-    bench = step.prepare(config, benchmark.settings_of(config, "shared", checkpointing=True))
+    bench = step.prepare(config, Row("sdxl", "shared", mixed_precision="bf16", checkpointing=True))
     assert sum(p.numel() for p in bench.networks.modules["base"].parameters()) > 2.56e9
     before = {role: [p.detach().clone() for p in bench.networks.parameters(role)] for role in bench.method.trains}
     start = time.perf_counter()

@@ -69,6 +69,7 @@ ROOMS = {
             "watchdog",
             "monitor",
             "guard",
+            "plan",
         ),  # its own parts, which other verbs share
     },
     "launch": set(),
@@ -90,6 +91,7 @@ ANNEXES = {
     "storage": "checkpoint",
     "base_quant": "networks",
     "adapters": "networks",
+    "compiled": "networks",
     "peers": "engine",
     "prepare": "train",
     "environment": "train",

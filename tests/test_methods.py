@@ -237,6 +237,38 @@ def test_the_generator_moves_on_every_ratio_th_tick_after_the_guidance_network(n
     assert dmdr(networks, ratio_update=1).roles_at(Clock()) == ("guidance", "generator")
 
 
+def test_a_reused_estimate_is_what_the_guidance_network_learns_in_the_generators_tick(networks, family, monkeypatch):
+    """DMD2's order: the input is the estimate of the level before, noised anew; the estimate made there is the sample."""
+    algorithm = dmdr(networks, num_steps=4, reuse_rollout=True)
+    monkeypatch.setattr(type(algorithm.level_times), "sample_index", lambda *args: torch.tensor([0, 1, 3, 1]))
+    guidance_alone = Clock(tick=8, step=2)
+    plain = dmdr(networks, num_steps=4).rollout(batch(), guidance_alone)
+    assert algorithm.roles_at(guidance_alone) == ("guidance",)
+    assert torch.equal(algorithm.rollout(batch(), guidance_alone).x0, plain.x0)
+
+    clock, calls = Clock(tick=9, step=2, tick_in_step=1), spy(monkeypatch, networks)
+    rollout = algorithm.rollout(batch(), clock)
+    assert algorithm.roles_at(clock) == ("generator", "guidance")
+    assert [len(call["x_t"]) for call in calls] == [3, 1, 1]  # a row of the first level is in no call
+    draw, path, grid = rollout.draw, family.path, family.path.grid(4)
+    fresh = draw.normal("student_input", SHAPE)
+    assert torch.equal(rollout.x_t[0], fresh[0])
+    monkeypatch.setattr(type(algorithm.level_times), "sample_index", lambda *args: torch.tensor([0, 0, 2, 0]))
+    before = dmdr(networks, num_steps=4).rollout(batch(), clock).x0
+    own = path.add_noise(before, fresh, grid[torch.tensor([0, 1, 3, 1])])
+    torch.testing.assert_close(rollout.x_t[1:], own[1:], rtol=1e-4, atol=1e-5)
+
+    calls.clear()
+    run_update(networks, algorithm, "generator", [rollout], clock)
+    run_update(networks, algorithm, "guidance", [rollout], clock)
+    student, _, _, learnt = calls
+    made = path.to_x0(student["x_t"], student["out"], student["t"])
+    assert torch.equal(rollout.x0, made)
+    assert not rollout.x0.requires_grad
+    tau = algorithm.score_times.sample(draw, "guidance_time", clock.step)
+    assert torch.equal(learnt["x_t"], path.add_noise(made, draw.normal("guidance_noise", SHAPE), tau))
+
+
 # -- DMDR: rewards ---------------------------------------------------------------------------------------------------
 
 

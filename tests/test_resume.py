@@ -23,6 +23,7 @@ CASES = {
     "paired": ("dmdr", RL),
     "shared": ("dmdr", RL + " --use-lora-gen --gradient-accumulation-steps 2 --sample-num-steps 2 --dynamic-step 3"),
     "paired_lora": ("dmdr", RL + " --use-lora-gen --layout paired_lora --generator-init {unet} --s-type-gui beta"),
+    "reused": ("dmdr", RL + " --use-lora-gen --sample-num-steps 2 --reuse-rollout"),
     "separate": ("dmdr", RL + " --layout separate --lora-rank 32 --gradient-checkpointing"),
 }
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from train_t2i import base_quant
+from train_t2i import base_quant, compiled
 from train_t2i.adapters import AdapterSpec
 from train_t2i.config import (
     EDIT_FAMILIES,
@@ -72,7 +72,7 @@ def build_family(run: Config, dtype: torch.dtype) -> Family:
         size_px=parse_resolution(run.resolution),
         text_length=run.text_length or None,
         guidance=run.guidance_embed,
-        checkpoint_decoder=run.gradient_checkpointing,
+        checkpoint_decoder=run.recomputes,
         encoders=run.prompt_cache is None,
     )
     if run.prompt_cache is None:
@@ -141,7 +141,8 @@ def assemble(
         trains=trains,
         dtype=dtype,
         place=place,
-        checkpointing=run.gradient_checkpointing,
+        checkpointing=run.recomputes,
+        compiled=run.compile == "blocks",
         base_quant=run.base_quant,
         autocast=autocast,
         prepare=initialise,
@@ -157,9 +158,11 @@ def trained_parts(method: Any) -> tuple[str, ...]:
     return listed(method.trainable_modules) + listed(method.trainable_modules_low_learning_rate)
 
 
-def check_started(settings: Settings, backend: str) -> None:
+def check_started(settings: Settings, backend: str, device: torch.device) -> None:
     """Raises UserError for what cannot run here: told before anything loads, when it is known which ``backend`` it is."""
     check_backend(settings, backend)
+    if settings.run.compile != "off":
+        compiled.check_compiler(device)
     if settings.run.base_quant != "none":
         base_quant.library()
 
@@ -185,6 +188,7 @@ def build_method(
         features=features,
         sample_type=run.sample_type,
         calls_need_all=calls_need_all,
+        least_rows=1 if run.compile == "off" else 2,
     )
     kind = METHODS[run.method]
     if run.method == "sft":

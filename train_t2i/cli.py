@@ -7,6 +7,7 @@ import dataclasses
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -58,14 +59,16 @@ def spelled(argument: str, aliases: Mapping[str, str] = ALIASES) -> str:
     return "--" + aliases.get(field, field).replace("_", "-") + equals + value
 
 
-def parse_bool(text: str) -> bool:
-    """on/off values of plain flags: absent value means on."""
+def parse_bool(text: str, words: Sequence[str] = ()) -> bool | str:
+    """on/off values of plain flags, and the ``words`` that one takes besides: absent value means on."""
     lowered = text.lower()
+    if lowered in words:
+        return lowered
     if lowered in ("1", "true", "yes", "on"):
         return True
     if lowered in ("0", "false", "no", "off"):
         return False
-    raise argparse.ArgumentTypeError(f"{text!r} is neither on nor off")
+    raise argparse.ArgumentTypeError(f"{text!r} is {' nor '.join(('neither on', 'off', *words))}")
 
 
 def field_types(kind: type) -> dict[str, type]:
@@ -87,7 +90,13 @@ def add_flags(parser: argparse.ArgumentParser, kind: type, title: str) -> None:
         shown = "" if field.default in (None, ()) else f" (default: {field.default!r})"
         extra: dict[str, Any] = {"type": of_type, "choices": field.metadata["choices"] or None}
         if of_type is bool:
-            extra = {"type": parse_bool, "nargs": "?", "const": True, "metavar": "on|off"}
+            words = field.metadata["words"]
+            extra = {
+                "type": partial(parse_bool, words=words),
+                "nargs": "?",
+                "const": True,
+                "metavar": "|".join(("on", "off", *words)),
+            }
         if typing.get_origin(of_type) is tuple:
             option = "--" + REPEATED.get(field.name, field.name).replace("_", "-")
             extra = {"action": "append", "dest": field.name, "metavar": option[2:].upper()}

@@ -119,8 +119,18 @@ class Config:
     use_8bit_adam: bool = flag(False, "AdamW with 8-bit state (bitsandbytes)")
     max_grad_norm: float = flag(1.0, "gradients are scaled down to this norm; 0: never", low=0)
     gradient_accumulation_steps: int = flag(1, "micro-batches an update", low=1)
-    gradient_checkpointing: bool = flag(
-        False, "recompute activations in backward: less memory, more time", resume="warn"
+    gradient_checkpointing: bool | str = flag(
+        False,
+        "recompute activations in backward (networks, decoder, rewards): less memory, more time; auto: unless the run is "
+        "planned to fit on this GPU without (always on a CPU)",
+        resume="warn",
+        words=("auto",),
+    )
+    compile: str = flag(
+        "off",
+        "blocks: torch.compile the networks' repeated blocks; slower until each is compiled (minutes), equal up to rounding",
+        resume="warn",
+        choices=("off", "blocks"),
     )
     mixed_precision: str = flag("fp16", "number format of the network calls", choices=("no", "fp16", "bf16"))
     seed: int = flag(30, "seed of everything random", low=0, high=2**63 - 1)
@@ -156,6 +166,11 @@ class Config:
     )
     dry_run: bool = flag(False, "print the settings and leave", resume="free")
     config: str | None = flag(None, "YAML file of settings; flags win", resume="free")
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether backward recomputes activations; ``auto`` counts as on until it is decided."""
+        return bool(self.gradient_checkpointing)
 
 
 @dataclass(frozen=True)

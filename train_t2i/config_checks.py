@@ -83,6 +83,18 @@ def check_backend(settings: Settings, backend: str) -> None:
             f"--base-quant {base_quant} does not go with --backend {backend}: quantised weights are not shared out",
             "use --backend ddp",
         )
+    if settings.run.compile != "off" and backend in ("zero2", "zero3"):
+        raise UserError(
+            f"--compile {settings.run.compile} does not go with --backend {backend}: DeepSpeed changes parameters behind "
+            "compiled code's back",
+            "use --backend ddp or fsdp2",
+        )
+    if settings.run.compile != "off" and base_quant != "none":
+        raise UserError(
+            f"--compile {settings.run.compile} does not go with --base-quant {base_quant}: the products of codes are made "
+            "by bitsandbytes, not by torch",
+            "give one",
+        )
     if backend == "zero3" and isinstance(settings.method, DirectConfig) and settings.method.step_checkpointing:
         raise UserError(
             "--step-checkpointing does not go with --backend zero3: weights are given up between forward and backward",
@@ -163,6 +175,11 @@ def _check_dmdr(run: Config, method: DMDRConfig) -> None:
         )
     if method.srpo and not (listed(method.srpo_positive) and listed(method.srpo_negative)):
         raise UserError("--srpo needs words on both sides", "give --srpo-positive and --srpo-negative")
+    if method.reuse_rollout and run.sample_type == "ode":
+        raise UserError(
+            "--reuse-rollout does not go with --sample-type ode, whose guidance network learns finished samples",
+            "set --sample-type sde",
+        )
     _check_draw("gen", method.s_type_gen, method.gen_a)
     _check_draw("gui", method.s_type_gui, method.gui_a)
     given = wanted_rewards(method)

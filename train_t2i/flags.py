@@ -18,7 +18,11 @@ def flag(
     above: float | None = None,
     below: float | None = None,
     choices: tuple[str, ...] = (),
+    words: tuple[str, ...] = (),
 ) -> Any:
-    """A config field with its flag's help and its bounds: low <= value <= high, above < value < below."""
-    limits = {"low": low, "high": high, "above": above, "below": below, "choices": choices}
+    """A config field with its flag's help and its bounds: low <= value <= high, above < value < below.
+
+    ``words``: what a switch may be besides on and off.
+    """
+    limits = {"low": low, "high": high, "above": above, "below": below, "choices": choices, "words": words}
     return dataclasses.field(default=default, metadata={"help": help, "resume": resume, **limits})

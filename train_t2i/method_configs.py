@@ -24,6 +24,11 @@ class DMDRConfig:
     cfg_f: float = flag(1.0, "guidance of the fake score, likewise; 1: none", low=1)
     negative_prompt: str = flag("", "text that guidance moves away from; empty: the model's own default")
     ratio_update: int = flag(5, "guidance updates a generator update", low=1)
+    reuse_rollout: bool = flag(
+        False,
+        "the guidance network learns the estimate that the generator's update makes, updated first, as in DMD2: a network "
+        "call less a step",
+    )
     dmd_weight: float = flag(1.0, "weight of the distribution matching loss; 0: rewards alone", low=0)
     cold_start_iter: int = flag(3000, "generator steps before rewards begin", low=0)
     dynamic_step: int = flag(0, "steps over which the dynamic strategies fade; 0: off", low=0)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from train_t2i.adapters import AdapterSpec, Replaced, add_adapter
 from train_t2i.base_quant import quantize_blocks
+from train_t2i.compiled import compile_blocks
 from train_t2i.config import LAYOUTS
 from train_t2i.errors import UserError
 from train_t2i.families.base import Cond, Family
@@ -48,6 +49,7 @@ class Networks:
         self._selected: dict[str, tuple[str | None, float]] = {}
         self._lora = {name: [m for m in net.modules() if isinstance(m, LoraLayer)] for name, net in modules.items()}
         self._replaced = {name: [m for m in net.modules() if isinstance(m, Replaced)] for name, net in modules.items()}
+        self._compiled: set[nn.Module] = set()  # all modules inside compiled blocks
         self.entries: dict[Role, nn.Module] = {}  # what to call where a role builds a graph, if not its module
         self._updating: Role | None = None
         self._graph_scale: float | None = None
@@ -86,6 +88,10 @@ class Networks:
             self._updating = None
             for name, (adapter, scale) in before.items():
                 self._select(name, adapter, scale)
+
+    def compile(self, backend: str = "inductor") -> None:
+        """Compile the repeated blocks of all modules, in place; before anything is called or sharded."""
+        self._compiled = compile_blocks(self.modules.values(), self.family.block_names, backend)
 
     # -- predictions ---------------------------------------------------------------------------------------------
 
@@ -142,11 +148,16 @@ class Networks:
         """Switch a module's adapted layers; touches neither requires_grad nor any optimizer (peft's set_adapter does)."""
         if self._selected.get(name) == (adapter, scale):
             return
+        inputs: dict[float, Tensor] = {}  # () each; new ones, since a graph may keep those of before
         for layer in self._lora[name]:
             layer._disable_adapters = adapter is None
             if adapter is not None and adapter in layer.lora_A:
                 layer._active_adapter = [adapter]
-                layer.scaling[adapter] = layer.lora_alpha[adapter] / layer.r[adapter] * scale
+                factor = layer.lora_alpha[adapter] / layer.r[adapter] * scale
+                if layer in self._compiled and factor not in inputs:
+                    inputs[factor] = torch.full((), factor, device=layer.lora_A[adapter].weight.device)
+                # a number would be a constant of the code, which would be compiled anew for every scale
+                layer.scaling[adapter] = inputs[factor] if layer in self._compiled else factor
         for replaced in self._replaced[name]:
             replaced.active = adapter
         self._selected[name] = (adapter, scale)
@@ -174,6 +185,7 @@ def build_networks(
     dtype: torch.dtype,
     place: Callable[[nn.Module, tuple[str, ...]], object],
     checkpointing: bool = False,
+    compiled: bool = False,
     base_quant: str = "none",
     autocast: Callable[[], AbstractContextManager] = nullcontext,
     prepare: Callable[[dict[str, nn.Module]], None] = lambda modules: None,
@@ -182,7 +194,8 @@ def build_networks(
 ) -> Networks:
     """Load what the used roles need, once; trained full modules in fp32, frozen ones in ``dtype``.
 
-    ``base_quant`` keeps the blocks of frozen modules in fewer bits (base_quant.py).  ``prepare(modules)`` may load other weights into "gen" before adapters are put on (an initialised generator);
+    ``base_quant`` keeps the blocks of frozen modules in fewer bits (base_quant.py), ``compiled`` compiles those of all
+    (compiled.py).  ``prepare(modules)`` may load other weights into "gen" before adapters are put on (an initialised generator);
     ``named``: parts of the names of a full generator's parameters that are trained (none: all);
     ``adapt(net, adapter)`` gives the generator's adapter layers of its own; ``place(net, block class names)`` puts a finished network on the device.
     """
@@ -208,6 +221,8 @@ def build_networks(
     for role in trains:
         for parameter in networks.parameters(role):
             parameter.requires_grad_(True)
+    if compiled:
+        networks.compile()
     for net in modules.values():
         place(net, family.block_names)
     return networks

@@ -106,6 +106,18 @@ def read_data(
     return data, batch, settings
 
 
+def with_memory(settings: Settings, engine: Engine) -> tuple[Settings, list[str]]:
+    """(the settings with ``--gradient-checkpointing auto`` decided, alike on all processes; what to say of it)."""
+    if settings.run.gradient_checkpointing != "auto":
+        return settings, []
+    from train_t2i.plan.automatic import choose, memory_of
+
+    # the main process decides: the others may see a card of another size
+    made = choose(settings, engine.backend_name, engine.world, memory_of(engine.device)) if engine.is_main else None
+    on, told = engine.from_main(made or (True, ""))
+    return replace(settings, run=replace(settings.run, gradient_checkpointing=on)), [told]
+
+
 def prepare(settings: Settings, folder: RunFolder, engine: Engine, stop: StopRequest, watch: Watchdog) -> Run:
     """Cheap checks first, then models, then the checkpoint."""
     cfg, kind = settings.run, METHODS[settings.run.method]
@@ -113,8 +125,10 @@ def prepare(settings: Settings, folder: RunFolder, engine: Engine, stop: StopReq
     check_trains(settings, resumed.record["step"])
     if resumed.continues and monitor.gamed(settings, readings := readings_of(resumed.record)):
         raise monitor.stop_of(settings, readings, folder)
-    build.check_started(settings, engine.backend_name)
-    found = [*engine.told, *reward_terms.check(settings.method)]
+    build.check_started(settings, engine.backend_name, engine.device)
+    settings, chosen = with_memory(settings, engine)
+    cfg = settings.run
+    found = [*engine.told, *reward_terms.check(settings.method), *chosen]
     build.check_initial(cfg)
     data, batch, settings = read_data(settings, folder, engine, resumed)
     asked = sheet_rows(settings, data)
@@ -134,7 +148,7 @@ def prepare(settings: Settings, folder: RunFolder, engine: Engine, stop: StopReq
         settings, family, uses=kind.uses, trains=kind.trains, dtype=engine.dtype, place=engine.place,
         autocast=engine.autocast,
     )  # fmt: skip
-    towers = engine.dtype, engine.device, cfg.gradient_checkpointing
+    towers = engine.dtype, engine.device, cfg.recomputes
     terms = reward_terms.build_terms(settings.method, *towers, cfg.seed)
     features = reward_terms.build_features(settings.method, *towers)
     method = build.build_method(

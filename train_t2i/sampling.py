@@ -80,12 +80,15 @@ def simulate_to(
     level: Tensor,
     *,
     whole: bool = False,
+    least_rows: int = 1,
 ) -> Tensor:
     """Backward simulation (DMD2 section 4.4): run the student as at inference; (B, C, H, W) fp32.
 
     Row b is the clean estimate that the student made at its own grid time ``level[b]`` (B,) int64, on the host; a row that
-    has it takes part in no further call.  ``x0_of(x, t, rows)``: the estimate for some ``rows`` (n,) int64 of the batch.
+    has it takes part in no further call.  Level -1 wants none: zeros.
+    ``x0_of(x, t, rows)``: the estimate for some ``rows`` (n,) int64 of the batch.
     The run stops at the largest level drawn: max(level) + 1 network calls; ``whole`` makes all, whatever was drawn.
+    No call has fewer than ``least_rows``, if the batch has them: rows that are done fill it up, and are not heard.
     """
     order = level.argsort(descending=True, stable=True)  # those that go on longest come first
     num_calls = len(grid) - 1 if whole else int(level.max()) + 1
@@ -94,14 +97,15 @@ def simulate_to(
     order = order.to(noise.device, non_blocking=True)
     x, found = noise[order], []
     for i in range(num_calls):
-        rows = order[: max(going[i], 1)]  # a call that other processes make too has a row at least
+        rows = order[: max(going[i], least_rows)]  # a call that other processes make too has a row at least
         x = x[: len(rows)]
         x0 = x0_of(x, rows_at(grid[i], x), rows).float()
         found.append(x0[going[i + 1] : going[i]])
         if i < num_calls - 1:
             x = path.step(x, x0, rows_at(grid[i], x), rows_at(grid[i + 1], x), renoise(i + 1)[rows])
-    kept = torch.empty_like(noise, dtype=torch.float32)
-    kept[order] = torch.cat(found[::-1])
+    kept = torch.zeros_like(noise, dtype=torch.float32)
+    if found:
+        kept[order[: going[0]]] = torch.cat(found[::-1])
     return kept
 
 

@@ -132,7 +132,7 @@ def saved_settings(record: dict[str, Any], pretrained_model: str | None, vae: st
     """A run's settings as far as its student's images need them: no decoder for rewards, no second set of weights."""
     settings = Settings.from_dict(record["settings"])
     run = dataclasses.replace(
-        settings.run, gradient_checkpointing=False, tiny_vae=None, prompt_cache=None, base_quant="none"
+        settings.run, gradient_checkpointing=False, tiny_vae=None, prompt_cache=None, base_quant="none", compile="off"
     )
     if not run.use_lora_gen and not build.trained_parts(settings.method):  # every weight of the generator is saved
         run = dataclasses.replace(run, generator_init=None, xl_ode_pretrain_path=None)
@@ -194,7 +194,7 @@ def load_teacher(run: Config, num_steps: int, cfg: float, *, device: torch.devic
     """The frozen model with ``num_steps`` deterministic steps under classifier-free guidance ``cfg``."""
     device = device or default_device()
     dtype, autocast = number_format(run.mixed_precision, device)
-    run = dataclasses.replace(run, method="direct", gradient_checkpointing=False)
+    run = dataclasses.replace(run, method="direct", gradient_checkpointing=False, compile="off")
     settings = build.resolved(Settings(run, DirectConfig()))
     family = build.build_family(settings.run, dtype).to(device)
     networks = build.assemble(

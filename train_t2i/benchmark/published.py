@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from train_t2i.benchmark import BenchmarkConfig, settings_of
+from train_t2i.benchmark import BenchmarkConfig
+from train_t2i.benchmark.rows import Row
 from train_t2i.benchmark.step import Bench, prepare, run_ticks
 from train_t2i.families.base import Cond
 from train_t2i.methods import Batch
@@ -30,16 +31,15 @@ class Schedule:
     """What a step computes."""
 
     layout: str
+    computed: str  # as which trainer
     text_every_tick: bool
-    whole_simulation: bool
-    guidance_in_halves: bool
     checkpointing: bool = False
 
 
 SCHEDULES = {
-    "published": Schedule("paired_lora", True, True, True),
-    "ours": Schedule("shared", False, False, False),
-    "ours, checkpointed": Schedule("shared", False, False, False, checkpointing=True),
+    "published": Schedule("paired_lora", "published", text_every_tick=True),
+    "ours": Schedule("shared", "ours", text_every_tick=False),
+    "ours, checkpointed": Schedule("shared", "ours", text_every_tick=False, checkpointing=True),
 }
 
 
@@ -99,20 +99,21 @@ def remembered(encode: Callable[..., Cond]) -> Callable[..., Cond]:
     return encoded
 
 
-def bench_of(config: BenchmarkConfig, schedule: Schedule) -> Bench:
-    """A bench that computes as ``schedule`` says, with its network calls timed."""
-    bench = prepare(config, settings_of(config, schedule.layout, schedule.checkpointing))
+def compute_as_published(bench: Bench, batch_size: int) -> None:
+    """The whole simulation, and guidance in two calls."""
+    family: Any = bench.networks.family
+    method: Any = bench.method
+    family.call = in_halves(family.call, batch_size)
+    method._simulated = simulated_whole(method)
+
+
+def bench_of(config: BenchmarkConfig, row: Row, schedule: Schedule) -> Bench:
+    """A bench that computes as ``schedule`` says."""
+    own = replace(row, layout=schedule.layout, checkpointing=schedule.checkpointing, schedule=schedule.computed)
+    bench = prepare(config, own)
     family: Any = bench.networks.family
     if not schedule.text_every_tick:
         family.encode = remembered(family.encode)
-    if schedule.guidance_in_halves:
-        family.call = in_halves(family.call, config.batch_size)
-    family.call = bench.watch.around("network_forward", family.call)
-    engine: Any = bench.engine
-    engine.backward = bench.watch.around("backward", engine.backward)
-    if schedule.whole_simulation:
-        method: Any = bench.method
-        method._simulated = simulated_whole(method)
     return bench
 
 
@@ -156,9 +157,9 @@ def weight_bytes(bench: Bench, schedule: Schedule) -> int:
     return sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
 
 
-def rows(config: BenchmarkConfig) -> Iterator[dict[str, Any]]:
+def rows(config: BenchmarkConfig, row: Row) -> Iterator[dict[str, Any]]:
     """A row a schedule; the first is the published one, which the others are compared with."""
-    benches = {name: bench_of(config, schedule) for name, schedule in SCHEDULES.items()}
+    benches = {name: bench_of(config, row, schedule) for name, schedule in SCHEDULES.items()}
     ticks = {name: list(islice(bench.feed.ticks(0), config.ratio_update)) for name, bench in benches.items()}
     made = {name: gradients(bench, ticks[name]) for name, bench in benches.items()}  # and warm
     peaks: dict[str, int] = {}

@@ -8,12 +8,14 @@ of the gradient's difference from the plain one over the norm of that.  Rounding
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from train_t2i.benchmark import BenchmarkConfig, settings_of
+from train_t2i.benchmark import BenchmarkConfig
+from train_t2i.benchmark.rows import Row
 from train_t2i.benchmark.step import Bench, prepare
 from train_t2i.methods.dmdr import DMDR
 from train_t2i.plan.ledger import Ledger
@@ -22,11 +24,11 @@ WAYS = ((False, 0), (True, 0), (False, 1), (True, 1))  # (gradient checkpointing
 REPEATS = 3  # of which the shortest counts
 
 
-def rows(config: BenchmarkConfig) -> Iterator[dict[str, Any]]:
+def rows(config: BenchmarkConfig, row: Row) -> Iterator[dict[str, Any]]:
     """A row for each way; the first is the plain one."""
     plain: Tensor | None = None
     for checkpointing, size in WAYS:
-        bench = prepare(config, settings_of(config, "shared", checkpointing, size))
+        bench = prepare(config, replace(row, checkpointing=checkpointing), size)
         seconds, peak_bytes, gradient = measure(bench)
         plain = gradient if plain is None else plain
         off = (gradient - plain).flatten(1).norm(dim=1) / plain.flatten(1).norm(dim=1)

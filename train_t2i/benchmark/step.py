@@ -1,4 +1,4 @@
-"""Whole DMDR steps, phase by phase: one row a layout and a checkpointing choice."""
+"""Whole DMDR steps, phase by phase."""
 
 from __future__ import annotations
 
@@ -7,22 +7,26 @@ import dataclasses
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from train_t2i import build, reward_terms
 from train_t2i.benchmark import BenchmarkConfig, settings_of
-from train_t2i.config import Settings
+from train_t2i.benchmark.rows import Row, fresh
+from train_t2i.compiled import check_compiler
 from train_t2i.engine import AdamSettings, Engine, Flags
+from train_t2i.families import family_of
+from train_t2i.families.published import PUBLISHED
 from train_t2i.feed import Feed, Prompts
 from train_t2i.log import peak_memory_gib
 from train_t2i.methods import METHODS, Method
 from train_t2i.methods.base import Clock
 from train_t2i.networks import Networks
+from train_t2i.plan.floor import card_of
+from train_t2i.plan.work import Counter
 
 
 class Stopwatch:
@@ -64,16 +68,20 @@ class Bench:
     watch: Stopwatch
 
 
-def prepare(config: BenchmarkConfig, settings: Settings) -> Bench:
-    checkpointing = settings.run.gradient_checkpointing
-    engine = Engine(Flags(config.mixed_precision))
+def prepare(config: BenchmarkConfig, row: Row, reward_batch_size: int = 0) -> Bench:
+    settings = settings_of(config, row, reward_batch_size)
+    checkpointing = row.checkpointing
+    if row.compile != "off":
+        check_compiler(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    engine = Engine(Flags(row.mixed_precision), row.backend)
     watch = Stopwatch(engine.device)
-    if config.size == "sdxl":
-        from train_t2i.full_size import random_sdxl
+    if row.is_random:
+        from train_t2i.full_size import random_family
 
-        family: Any = random_sdxl(engine.dtype, checkpoint_decoder=checkpointing)
+        family: Any = random_family(PUBLISHED[row.model], settings.run, engine.dtype, engine.device)
     else:
-        family = build.build_family(settings.run, engine.dtype)
+        run = dataclasses.replace(settings.run, model_family=family_of(settings.run.pretrained_model))
+        family = build.build_family(run, engine.dtype)
     family = family.to(engine.device)
     roles = METHODS["dmdr"]
     networks = build.assemble(
@@ -83,11 +91,19 @@ def prepare(config: BenchmarkConfig, settings: Settings) -> Bench:
     family.encode = watch.around("text_encoding", family.encode)
     built = reward_terms.build_terms(settings.method, engine.dtype, engine.device, checkpointing, settings.run.seed)
     terms = tuple(dataclasses.replace(term, score=watch.around("rewards_forward", term.score)) for term in built)
-    method = build.build_method(settings, networks, engine.device, terms)
+    method = build.build_method(settings, networks, engine.device, terms, calls_need_all=engine.calls_need_all)
     for role in roles.trains:
         networks.prepare(role, engine.prepare, AdamSettings(1e-8, (0.9, 0.999), 1e-8, 0.0, False))
+    family.call = watch.around("network_forward", family.call)
+    wrapped: Any = engine
+    wrapped.backward = watch.around("backward", engine.backward)
     feed = Feed(Prompts(config.data_path_train), 0, config.batch_size)
-    return Bench(engine, networks, method, feed, watch)
+    bench = Bench(engine, networks, method, feed, watch)
+    if row.schedule == "published":
+        from train_t2i.benchmark.published import compute_as_published
+
+        compute_as_published(bench, config.batch_size)
+    return bench
 
 
 def run_ticks(bench: Bench, ticks: Iterator[Any], num_ticks: int, ratio: int) -> None:
@@ -105,11 +121,20 @@ def run_ticks(bench: Bench, ticks: Iterator[Any], num_ticks: int, ratio: int) ->
                 bench.engine.step(role)
 
 
-def measure(config: BenchmarkConfig, layout: str, checkpointing: bool) -> dict[str, Any]:
-    """One row."""
-    bench = prepare(config, settings_of(config, layout, checkpointing))
+PARTS = ("network_forward", "backward")  # of the phases beside them
+
+
+def measure(config: BenchmarkConfig, row: Row) -> dict[str, Any]:
+    """One row.  FLOPs are counted in the first step, which is not timed; compiled code is made in one more."""
+    bench = prepare(config, row)
     ticks, ratio = bench.feed.ticks(0), config.ratio_update
-    run_ticks(bench, ticks, ratio, ratio)
+    compiled = row.compile != "off"
+    as_written = torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
+    with as_written, Counter(bench.networks.family, bench.networks.modules) as counter:
+        run_ticks(bench, ticks, ratio, ratio)
+    flops = counter.take().network
+    if compiled:
+        run_ticks(bench, ticks, ratio, ratio)
     device = bench.engine.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -119,25 +144,47 @@ def measure(config: BenchmarkConfig, layout: str, checkpointing: bool) -> dict[s
     run_ticks(bench, ticks, ratio * config.steps, ratio)
     seconds = (bench.watch.now() - start) / config.steps
     split = {name: total / config.steps for name, total in sorted(bench.watch.seconds.items())}
-    split["rollout"] -= split["text_encoding"]
+    in_network = sum(split.pop(name) for name in PARTS)
+    split["rollout"] -= split.get("text_encoding", 0.0)
     split["generator_update"] -= split.get("rewards_forward", 0.0)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    card = card_of(name) if row.mixed_precision != "no" else None
     return {
-        "layout": layout,
-        "gradient_checkpointing": checkpointing,
         "seconds_step": seconds,
         "seconds_tick": seconds / ratio,
         "seconds_of_a_step": split,
-        "images_per_second": config.batch_size * ratio / seconds,
+        "share_outside_network_calls": 1 - in_network / seconds,
+        "images_per_second": config.batch_size * ratio * bench.engine.world / seconds,
         "network_calls_step": (bench.networks.num_calls - calls) / config.steps,
+        "network_flops_step": flops,
+        "network_flops_per_second": flops / seconds,
+        "model_flop_utilisation": flops / seconds / card.flops if card else None,
         "peak_memory_gib": peak_memory_gib(device),
-        "device": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"cpu, {torch.get_num_threads()} threads",
+        "device": name,
     }
 
 
-def rows(config: BenchmarkConfig, layouts: Sequence[str]) -> Iterator[dict[str, Any]]:
-    for layout in layouts:
-        for checkpointing in (False, True):
-            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:  # so that peak memory is its own
-                yield fresh.submit(measure, config, layout, checkpointing).result()
+def rows(config: BenchmarkConfig, wanted: Sequence[Row]) -> Iterator[dict[str, Any]]:
+    if config.random_rewards:
+        config = with_random_rewards(config)
+    for row in wanted:
+        told = row.told() | {
+            "num_processes": config.num_processes, "batch_size": config.batch_size, "resolution": config.resolution,
+            "sample_num_steps": config.sample_num_steps, "ratio_update": config.ratio_update,
+            "rewards": bool(config.clip_reward_model) + bool(config.hpsv2_reward_model),
+        }  # fmt: skip
+        if config.num_processes == 1 and row.backend != "ddp":
+            yield told | {"refused": f"{row.backend} with one process is plain training (give --num-processes)"}
+            continue
+        yield told | fresh(measure, (config, row), config.num_processes, config.row_limit_s)
+
+
+def with_random_rewards(config: BenchmarkConfig) -> BenchmarkConfig:
+    """The file of --random-rewards as both rewards, made where it is not there."""
+    from train_t2i.engine import DTYPES
+    from train_t2i.full_size import random_vit_h_14
+
+    path = Path(str(config.random_rewards))
+    if not path.exists():
+        random_vit_h_14(path, DTYPES[config.mixed_precision.split(",")[0]])
+    return dataclasses.replace(config, clip_reward_model=str(path), hpsv2_reward_model=str(path))

@@ -77,6 +77,7 @@ class Setting:
     features: Callable[[Tensor], Tensor] | None = None  # images (B, 3, H, W) -> (B, D) of length one
     sample_type: str = "sde"  # between the student's steps: re-noised, or along the velocity ("ode")
     calls_need_all: bool = False  # sharded networks: every process makes the same network calls, whatever its rows drew
+    least_rows: int = 1  # of a call with fewer rows than the batch: compiled code of one row is other code
 
     def draw(self, clock: Clock, indices: Sequence[int]) -> Draw:
         return Draw(self.seed, clock.tick, indices, self.device)

@@ -11,6 +11,8 @@ Departures from the paper and its published code:
 4. The guidance network's times follow the same sampler as the scores' (the code hard-coded Beta(4, 1.5)).
 5. With rectified flow the deterministic simulation ends at t = 0 instead of 0.001.
 6. A non-finite update is skipped as a whole; NaNs are not replaced by zeros.
+7. ``reuse_rollout`` orders a generator's tick as DMD2 does: the generator is updated on the input that its simulation has
+   at each row's level, and the estimate made there is the sample that the guidance network then learns.
 """
 
 from __future__ import annotations
@@ -33,14 +35,14 @@ from train_t2i.sampling import few_step, simulate_to
 from train_t2i.schedule import TimeSampler, cosine_fall, per_row
 
 
-@dataclass(frozen=True)
+@dataclass
 class Rollout:
     """What both updates of a tick share."""
 
     prompts: list[str]
     cond: Cond
     draw: Draw
-    x0: Tensor  # (B, C, H, W) the student's estimate at its row's level
+    x0: Tensor  # (B, C, H, W) the student's estimate at its row's level; reused: one level before, until its update
     x_t: Tensor  # (B, C, H, W) the student's input there
     t: Tensor  # (B,)
 
@@ -64,9 +66,10 @@ class DMDR(Method):
         }
 
     def roles_at(self, clock: Clock) -> tuple[Role, ...]:
-        """Guidance always; the generator, after it, on every ratio-th tick."""
-        last_of_step = clock.tick_in_step + 1 == self.config.ratio_update
-        return ("guidance", "generator") if last_of_step else ("guidance",)
+        """Guidance always; the generator on every ratio-th tick, after it, or before where its estimate is reused."""
+        if clock.tick_in_step + 1 < self.config.ratio_update:
+            return ("guidance",)
+        return ("generator", "guidance") if self.config.reuse_rollout else ("guidance", "generator")
 
     def borrowed_scale(self, step: int) -> float:
         """Dynamic distribution guidance: the real score borrows the guidance adapter, ever less (DMDR section 4.2)."""
@@ -79,30 +82,35 @@ class DMDR(Method):
         cond = setting.family.encode(batch.prompts, config.negative_prompt if guided else None, batch.sources)
         draw = setting.draw(clock, batch.indices)
         level = self.level_times.sample_index(draw.on_host(), "level", clock.step, setting.grid)
-        x0 = self._simulated(cond, draw, level)
+        reused = self.config.reuse_rollout and "generator" in self.roles_at(clock)
+        x0 = self._estimated(cond, draw, level - 1, setting.grid[:-1]) if reused else self._simulated(cond, draw, level)
         t = setting.grid.to(setting.device, non_blocking=True)[level.to(setting.device, non_blocking=True)]
         fresh = draw.normal("student_input", setting.latent_shape)
-        # At the top of its grid the student starts from pure noise, whatever level conditions it there.
+        # At the top of its grid the student starts from pure noise, whatever level conditions it there.  Below, it is given
+        # its own estimate, noised anew: that at its level or, where that is still to be made, at the level before (DMD2).
         x_t = torch.where(per_row(t == setting.grid[0], x0), fresh, self.path.add_noise(x0, fresh, t))
         return Rollout(batch.prompts, cond, draw, x0, x_t, t)
 
     def _simulated(self, cond: Cond, draw: Draw, level: Tensor) -> Tensor:
         """(B, C, H, W) what the student makes: along the ODE its finished sample, else its estimate at each row's level."""
         setting = self.setting
-
+        if setting.sample_type != "ode":
+            return self._estimated(cond, draw, level, setting.grid)
         noise = draw.normal("simulation/0", setting.latent_shape)
-        if setting.sample_type == "ode":
-            return few_step(
-                lambda x, t: self.networks.x0("generator", x, t, cond), self.path, setting.grid, noise, None
-            )
+        return few_step(lambda x, t: self.networks.x0("generator", x, t, cond), self.path, setting.grid, noise, None)
+
+    def _estimated(self, cond: Cond, draw: Draw, level: Tensor, grid: Tensor) -> Tensor:
+        """(B, C, H, W) the student's estimate at each row's level of ``grid``; zeros at level -1."""
+        setting = self.setting
         return simulate_to(
             lambda x, t, rows: self.networks.x0("generator", x, t, cond.take(rows)),
             self.path,
-            setting.grid,
-            noise,
+            grid,
+            draw.normal("simulation/0", setting.latent_shape),
             lambda i: draw.normal(f"simulation/{i}", setting.latent_shape),
             level,
             whole=setting.calls_need_all,
+            least_rows=setting.least_rows,
         )
 
     def losses(self, role: Role, rollout: Rollout, clock: Clock) -> Iterator[tuple[Tensor, Metrics]]:
@@ -120,6 +128,8 @@ class DMDR(Method):
 
     def _generator(self, rollout: Rollout, clock: Clock) -> tuple[Tensor, Metrics]:
         x0 = self.networks.x0("generator", rollout.x_t, rollout.t, rollout.cond)
+        if self.config.reuse_rollout:
+            rollout.x0 = x0.detach()
         loss, metrics = x0.new_zeros(()), {}
         if self.config.dmd_weight > 0:
             real, fake = self._scores(x0.detach(), rollout, clock)

@@ -64,8 +64,10 @@ def main(arguments: Sequence[str]) -> int:
     config, settings = parse_plan(arguments)
     from train_t2i.build import check_family_flags
     from train_t2i.plan.estimate import Lever, estimate, levers
+    from train_t2i.plan.floor import floor
     from train_t2i.plan.model import published_of
-    from train_t2i.plan.page import page, told_levers
+    from train_t2i.plan.page import page, told_floor, told_levers
+    from train_t2i.plan.traffic import told_traffic
 
     name, published = published_of(settings.run, config.model)
     run, world = replace(settings.run, model_family=published.family), config.num_processes
@@ -76,11 +78,12 @@ def main(arguments: Sequence[str]) -> int:
     plan = estimate(run, found, world)
     print("\n".join(page(name, run, resolved_layout(run), world, found, plan)), flush=True)
     turned = levers(run, found, world)
-    if not run.gradient_checkpointing:
+    if not run.recomputes:
         again = replace(run, gradient_checkpointing=True)
         other = rehearsed(replace(settings, run=again), published, world)
         turned.insert(0, Lever("--gradient-checkpointing (counted)", estimate(again, other, world)))
-    print("\n".join(told_levers(plan, turned)))
+    least = told_floor(run, floor(run, found, world))
+    print("\n".join([*told_levers(plan, turned), *least, *told_traffic(run, found, world)]))
     return EXIT_DONE
 
 

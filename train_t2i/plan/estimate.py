@@ -62,8 +62,7 @@ class Plan:
 
 def estimate(run: Config, found: Rehearsal, world: int) -> Plan:
     """What each of ``world`` processes keeps.  ``found`` was rehearsed with ``gradient_share`` and ``is_gathered``."""
-    sharded = run.backend in ("fsdp2", "zero3") and world > 1
-    share = 1 / world if sharded else 1.0
+    share = 1 / world if is_sharded(run, world) else 1.0
     scattered = 1 / world if world > 1 and run.backend != "ddp" else 1.0
     total_trained = sum(found.trained.values())
     adam = ADAM_8BIT_BYTES if run.use_8bit_adam else ADAM_BYTES
@@ -93,6 +92,11 @@ def gradient_share(run: Config, world: int) -> float:
 def is_gathered(run: Config, world: int) -> bool:
     """Whether network calls see weights that were gathered in their own format."""
     return run.backend == "fsdp2" and world > 1
+
+
+def is_sharded(run: Config, world: int) -> bool:
+    """Whether a network call needs all processes."""
+    return run.backend in ("fsdp2", "zero3") and world > 1
 
 
 def phases_of(run: Config, found: Rehearsal, world: int) -> dict[str, tuple[int, int]]:

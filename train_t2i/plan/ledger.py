@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from train_t2i.plan.work import add_attention
+
 # What autocast does on CUDA (torch/csrc/autograd, "CUDA Ops that can autocast to ..."), of what networks call here
 IN_LOW_PRECISION = (
     *((F, name) for name in ("linear", "conv1d", "conv2d", "conv3d", "conv_transpose2d", "scaled_dot_product_attention")),
@@ -124,6 +126,7 @@ class Flash(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        add_attention(query, key, value)
         out = query.new_empty(*query.shape[:-1], value.shape[-1])
         log_sum = query.new_empty(query.shape[:-1], dtype=torch.float32)
         ctx.save_for_backward(query, key, value, out, log_sum)
@@ -132,6 +135,7 @@ class Flash(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         query, key, value, *_ = ctx.saved_tensors
+        add_attention(query, key, value, ctx.needs_input_grad)
         return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
 

@@ -23,6 +23,7 @@ from train_t2i.families.loading import check_channels, told
 from train_t2i.families.published import FIRST_OF, PUBLISHED, Published
 
 META = torch.device("meta")
+Make = Callable[[Any, dict[str, Any], torch.dtype], Any]  # (class of diffusers, its config, format) -> a module
 SEEN_TOKEN_PX = 28  # side of the square that Qwen2.5-VL makes a token of
 LATENT_TOKEN_WIDTH = 64  # of a packed source
 
@@ -98,18 +99,22 @@ def told_of(model: str) -> Iterator[None]:
             raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
-def empty_family(found: Published, run: Config, dtype: torch.dtype) -> Shapes:
-    """The trainer's family on meta tensors; its ``encode`` gives conditionings of the right shapes."""
+def empty_family(found: Published, run: Config, dtype: torch.dtype, make: Make | None = None) -> Shapes:
+    """The trainer's family on meta tensors; its ``encode`` gives conditionings of the right shapes.
+
+    ``make(class, config, dtype)`` may give modules with content in their place.
+    """
+    make = make or _on_meta
     if run.tiny_vae and found.family.startswith("qwen_image"):
         raise UserError("--tiny-vae: Qwen-Image has no tiny decoder", "leave it out")
     kind = family_class(found.family)
-    make = _empty_sdxl if found.family == "sdxl" else _empty_flow
+    assemble = _empty_sdxl if found.family == "sdxl" else _empty_flow
     with told_of(found.repository):
-        family: Any = make(kind, found, run, dtype)
+        family: Any = assemble(kind, found, run, dtype, make)
         widths = cond_widths(found)
         num_encoder_parameters = sum(count_encoder(*encoder) for encoder in found.encoders)
     if run.tiny_vae:
-        family.tiny = _empty_tiny(run, family.latent_channels)
+        family.tiny = _empty_tiny(run, family.latent_channels, make)
 
     sources = [run.source_size] * found.num_sources if found.family in EDIT_FAMILIES else []
 
@@ -120,7 +125,7 @@ def empty_family(found: Published, run: Config, dtype: torch.dtype) -> Shapes:
         return made() if negative is None else replace(made(), negative=made())
 
     family.encode = encode
-    return Shapes(family.to(META), num_encoder_parameters)
+    return Shapes(family.to(META) if make is _on_meta else family, num_encoder_parameters)
 
 
 def _on_meta(kind: Any, config: dict[str, Any], dtype: torch.dtype) -> Any:
@@ -128,42 +133,42 @@ def _on_meta(kind: Any, config: dict[str, Any], dtype: torch.dtype) -> Any:
         return nn.Module.to(kind.from_config(config), dtype)
 
 
-def _empty_sdxl(kind: Any, found: Published, run: Config, dtype: torch.dtype) -> Family:
+def _empty_sdxl(kind: Any, found: Published, run: Config, dtype: torch.dtype, make: Make) -> Family:
     from train_t2i.families.sdxl_file import scheduler
 
     pipe = SimpleNamespace(
-        vae=_on_meta(diffusers.AutoencoderKL, found.vae, torch.float32), text_encoder=None, text_encoder_2=None,
+        vae=make(diffusers.AutoencoderKL, found.vae, torch.float32), text_encoder=None, text_encoder_2=None,
         scheduler=scheduler(),
     )  # fmt: skip
 
     def load(dtype: torch.dtype) -> Any:
         with told_of(found.repository):
-            return _on_meta(diffusers.UNet2DConditionModel, found.denoiser, dtype)
+            return make(diffusers.UNet2DConditionModel, found.denoiser, dtype)
 
-    return kind(pipe, load, shift=run.shift or 1.0, checkpoint_decoder=run.gradient_checkpointing)
+    return kind(pipe, load, shift=run.shift or 1.0, checkpoint_decoder=run.recomputes)
 
 
-def _empty_flow(kind: Any, found: Published, run: Config, dtype: torch.dtype) -> Family:
+def _empty_flow(kind: Any, found: Published, run: Config, dtype: torch.dtype, make: Make) -> Family:
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(found.scheduler)
     pipe = SimpleNamespace(
-        vae=_on_meta(kind.Autoencoder, found.vae, dtype), scheduler=scheduler, **dict.fromkeys(kind.encoder_names)
+        vae=make(kind.Autoencoder, found.vae, dtype), scheduler=scheduler, **dict.fromkeys(kind.encoder_names)
     )
     options = FamilyOptions(
         dtype=dtype, shift=run.shift or None, size_px=parse_resolution(run.resolution), encoders=False,
-        text_length=run.text_length or None, guidance=run.guidance_embed, checkpoint_decoder=run.gradient_checkpointing,
+        text_length=run.text_length or None, guidance=run.guidance_embed, checkpoint_decoder=run.recomputes,
     )  # fmt: skip
     config = dict(_on_meta(kind.Transformer, found.denoiser, dtype).config)
-    return kind(pipe, config, lambda dtype: _on_meta(kind.Transformer, found.denoiser, dtype), options)
+    return kind(pipe, config, lambda dtype: make(kind.Transformer, found.denoiser, dtype), options)
 
 
-def _empty_tiny(run: Config, latent_channels: int) -> Any:
+def _empty_tiny(run: Config, latent_channels: int, make: Make) -> Any:
     """A local decoder's own shape, else TAESD's."""
     config = Path(str(run.tiny_vae)) / "config.json"
     with told(str(run.tiny_vae), "--tiny-vae", "a folder with its config.json"):
         shape = _read(config) if config.is_file() else {"latent_channels": latent_channels}
-        tiny = _on_meta(diffusers.AutoencoderTiny, shape, torch.float32).requires_grad_(False)
+        tiny = make(diffusers.AutoencoderTiny, shape, torch.float32).requires_grad_(False)
     check_channels(tiny, latent_channels, f"--tiny-vae {run.tiny_vae}")
-    if run.gradient_checkpointing:
+    if run.recomputes:
         tiny.enable_gradient_checkpointing()
     return tiny
 

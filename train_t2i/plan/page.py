@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from train_t2i.config import Config
 from train_t2i.plan.estimate import CARDS_GB, CONTEXT_BYTES, FRAGMENTATION, GB, NETWORK_BYTES, Lever, Plan
+from train_t2i.plan.floor import CARDS, NAMED, Floor, least_seconds
 from train_t2i.plan.rehearsal import Rehearsal
 
 # What the seeds and their sources state, in GB a GPU; theirs, not ours, and not always at the same settings.
@@ -53,6 +54,34 @@ def table(plan: Plan) -> list[str]:
     ]
     shown = [f"{gb(count)}  {what}" for what, count in rows if count]
     return [*shown, *(["in place of the worst phase's gradients and activations:", *others] if others else [])]
+
+
+def told_floor(run: Config, least: Floor) -> list[str]:
+    """What a step must compute and move, and how long that takes at the rates that the cards' makers state."""
+    phases = ", ".join(
+        f"{name}{'' if name == 'rollout' else ' update'} {tera(n)}" for name, n in least.network.items() if n
+    )
+    lines = [
+        "a step on each device computes at the least, in FLOPs of 10^12 (a multiply-add is two):",
+        f"{tera(sum(least.network.values())):>8}  network calls: {phases}",
+    ]
+    if least.rest:
+        lines.append(f"{tera(least.rest):>8}  decoder and rewards")
+    if least.again:
+        lines.append(f"{tera(least.again):>8}  more is computed a second time for --gradient-checkpointing")
+    lines += [
+        "and moves at the least, in GB of its own memory:",
+        f"{gb(least.read)}  weights, read once by each call, forward and backward",
+        f"{gb(least.updated)}  gradients, masters and moments of its updates",
+    ]
+    if run.mixed_precision != "no":
+        seconds = ", ".join(f"{name} {least_seconds(least, CARDS[name]):.3g}" for name in NAMED)
+        lines.append(f"which takes, at the rates that NVIDIA states, no less than (s): {seconds}")
+    return lines
+
+
+def tera(flops: float) -> str:
+    return f"{flops / 1e12:.4g}"
 
 
 def verdict(plan: Plan) -> str:

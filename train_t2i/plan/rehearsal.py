@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter as Counts
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,19 @@ from train_t2i.methods.base import Batch, Clock, RewardTerm
 from train_t2i.networks import Networks, Role
 from train_t2i.plan.ledger import Ledger, Peak, like_a_gpu, replaced
 from train_t2i.plan.model import META, empty_family
+from train_t2i.plan.work import Counter, Work
 from train_t2i.reward_flags import monitor_paths
+
+
+@dataclass(frozen=True)
+class Piece:
+    """``count`` parameters of a shape, as sharding sees them: rows of a width, inside a block or not, trained by a role."""
+
+    rows: int
+    width: int
+    inside: bool
+    role: str | None
+    count: int
 
 
 @dataclass(frozen=True)
@@ -36,6 +49,15 @@ class ModuleBytes:
     num_elements: int
     block_bytes: int  # largest block, in the format of the network calls
     outside_bytes: int  # all that lies outside blocks, likewise
+    pieces: tuple[Piece, ...] = ()
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """Calls of the generator that a step's simulations make: of a row on average, and where every process makes all."""
+
+    mean: float
+    all: int
 
 
 @dataclass(frozen=True)
@@ -50,6 +72,9 @@ class Rehearsal:
     rollout: Peak
     updates: dict[Role, Peak]
     sheet: Peak  # drawing sample images
+    work: dict[str, Work] = field(default_factory=dict)  # "rollout" and each role: what a micro-batch computes
+    times: dict[str, int] = field(default_factory=dict)  # how often each is in a step
+    simulation: Simulation | None = None  # where the rollout is one: its work is then that of a single call
 
 
 def rehearse(settings: Settings, found: Published, *, gradient_share: float, gathered: bool) -> Rehearsal:
@@ -68,14 +93,15 @@ def rehearse(settings: Settings, found: Published, *, gradient_share: float, gat
                 _cast(net, dtype)
         terms, watched = empty_rewards(settings, dtype)
         method = build.build_method(settings, networks, META, terms)
-        rollout, updates = tick(settings, networks, method, gradient_share)
+        with Counter(shapes.family, networks.modules) as counter:
+            rollout, updates, work = tick(settings, networks, method, gradient_share, counter)
         sheet = draw_sheet(settings, networks)
     family = shapes.family
     coders = [part for part in (family.vae, family.tiny) if part is not None]
     towers = [tower_of(term.score).model for term in terms] + [tower.model for tower in watched]
     return Rehearsal(
         modules, trained, shapes.num_encoder_parameters * dtype.itemsize, sum(map(weight_bytes, coders)),
-        sum(map(weight_bytes, towers)), rollout, updates, sheet,
+        sum(map(weight_bytes, towers)), rollout, updates, sheet, work, times_in_a_step(settings, method), simulation(settings),
     )  # fmt: skip
 
 
@@ -91,7 +117,7 @@ def weight_bytes(net: nn.Module) -> int:
 def empty_networks(settings: Settings, family: Any, dtype: torch.dtype, autocast: Any) -> Networks:
     """The roles of the run, on its layout; what a generator starts from changes no size."""
     layout, kind = resolved_layout(settings.run), METHODS[settings.run.method]
-    bare = replace(settings.run, layout=layout, generator_init=None, xl_ode_pretrain_path=None)
+    bare = replace(settings.run, layout=layout, generator_init=None, xl_ode_pretrain_path=None, compile="off")
     with META:
         return build.assemble(
             replace(settings, run=bare), family, uses=kind.uses, trains=kind.trains, dtype=dtype,
@@ -110,7 +136,17 @@ def module_bytes(net: nn.Module, networks: Networks, name: str, dtype: torch.dty
     linear = () if full else quantizable(net, networks.family.block_names)
     frozen = 0 if full else sum(p.numel() * p.element_size() for p in base) + sum(b.nbytes for b in net.buffers())
     total = sum(p.numel() for p in net.parameters())
-    return ModuleBytes(frozen, sum(linear), total, largest * dtype.itemsize, outside * dtype.itemsize)
+    pieces = pieces_of(net, networks, inside)
+    return ModuleBytes(frozen, sum(linear), total, largest * dtype.itemsize, outside * dtype.itemsize, pieces)
+
+
+def pieces_of(net: nn.Module, networks: Networks, inside: set[int]) -> tuple[Piece, ...]:
+    owners = {id(p): role for role in networks.trains for p in networks.parameters(role)}
+    counted = Counts(
+        (p.shape[0] if p.ndim else 1, p.numel() // (p.shape[0] if p.ndim else 1), id(p) in inside, owners.get(id(p)))
+        for p in net.parameters()
+    )
+    return tuple(Piece(*kind, count) for kind, count in counted.items())
 
 
 def quantizable(net: nn.Module, block_names: Sequence[str]) -> list[int]:
@@ -142,7 +178,7 @@ def empty_rewards(settings: Settings, dtype: torch.dtype) -> tuple[tuple[RewardT
         return rewards.tower.empty_model(source, dtype).eval().requires_grad_(False)
 
     with replaced(rewards.tower, "resolve", resolved), replaced(rewards.tower, "load_model", load):
-        terms = reward_terms.build_terms(method, dtype, META, run.gradient_checkpointing, run.seed, only=rewards.TOWERS)
+        terms = reward_terms.build_terms(method, dtype, META, run.recomputes, run.seed, only=rewards.TOWERS)
         paths = monitor_paths(method) if isinstance(method, DMDRConfig) else {}
         return terms, [
             reward_terms.build_reward(name, path, dtype, META, False)
@@ -167,13 +203,41 @@ def empty_batch(settings: Settings, networks: Networks) -> Batch:
     latents = torch.empty(rows, *shape, device=META)
     states = torch.empty(rows, run.sample_num_steps - 1, *shape, device=META)
     return Batch(
-        count, ["a prompt"] * rows, rows=count, images=images, seeds=count, rand_devices=["cpu"] * rows,
+        count, [f"prompt {i}" for i in count], rows=count, images=images, seeds=count, rand_devices=["cpu"] * rows,
         num_steps=[run.sample_num_steps] * rows, latents=latents, states=states,
     )  # fmt: skip
 
 
-def tick(settings: Settings, networks: Networks, method: Any, gradient_share: float) -> tuple[Peak, dict[Role, Peak]]:
-    """Peaks of the rollout and of each role's update.
+def times_in_a_step(settings: Settings, method: Any) -> dict[str, int]:
+    """How many ticks of a step there are, and in how many of them each role is updated."""
+    ticks = settings.method.ratio_update if isinstance(settings.method, DMDRConfig) else 1
+    updated = [role for i in range(ticks) for role in method.roles_at(Clock(tick=i, tick_in_step=i))]
+    return {"rollout": ticks, **{role: updated.count(role) for role in method.trains}}
+
+
+def simulation(settings: Settings) -> Simulation | None:
+    """DMDR's: levels drawn evenly; along the ODE to the end; ``reuse_rollout`` saves one call a row."""
+    method, num_steps = settings.method, settings.run.sample_num_steps
+    if not isinstance(method, DMDRConfig):
+        return None
+    mean = float(num_steps) if settings.run.sample_type == "ode" else (num_steps + 1) / 2
+    ticks, saved = method.ratio_update, int(method.reuse_rollout)
+    return Simulation(ticks * mean - saved, ticks * num_steps - saved)
+
+
+def one_call(settings: Settings, networks: Networks, batch: Batch, counter: Counter) -> Work:
+    """Of the generator, without a graph, by all rows: what a simulation is made of."""
+    rows, shape = settings.run.batch_size, build.latent_shape(networks.family, settings.size_px)
+    x, t = torch.empty(rows, *shape, device=META), torch.empty(rows, device=META)
+    counter.take()
+    networks.x0("generator", x, t, networks.family.encode(batch.prompts, None))
+    return counter.take()
+
+
+def tick(
+    settings: Settings, networks: Networks, method: Any, gradient_share: float, counter: Counter
+) -> tuple[Peak, dict[Role, Peak], dict[str, Work]]:
+    """Peaks and FLOPs of the rollout and of each role's update.
 
     With several micro-batches an update's gradients are there from the start of the last.
     """
@@ -181,6 +245,8 @@ def tick(settings: Settings, networks: Networks, method: Any, gradient_share: fl
     with Ledger() as ledger:
         rollout = method.rollout(batch, clock)
     updates: dict[Role, Peak] = {}
+    simulates = isinstance(settings.method, DMDRConfig)
+    work = {"rollout": one_call(settings, networks, batch, counter) if simulates else counter.take()}
     for role in method.roles_at(clock):
         parameters = networks.parameters(role)
         micro_batches = run.gradient_accumulation_steps * method.parts
@@ -188,10 +254,10 @@ def tick(settings: Settings, networks: Networks, method: Any, gradient_share: fl
             for loss, _ in method.losses(role, rollout, clock):
                 torch.autograd.backward(loss)
                 del loss
-        updates[role] = update.peak
+        updates[role], work[role] = update.peak, counter.take()
         for parameter in parameters:
             parameter.grad = None
-    return ledger.peak, updates
+    return ledger.peak, updates, work
 
 
 @torch.no_grad()

@@ -1,0 +1,68 @@
+"""``--gradient-checkpointing auto``: what it chooses by the plan and a device's memory, and how a run tells of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from train_t2i.build import resolved
+from train_t2i.cli import parse
+from train_t2i.config import Settings
+from train_t2i.errors import UserError
+from train_t2i.plan.automatic import choose, memory_of, plan_of
+
+
+def settings_of(model: object, more: str = "") -> Settings:
+    flags = f"--pretrained-model {model} --model-family sdxl --resolution 128 --batch-size 2 --use-lora-gen {more}"
+    return resolved(parse([*flags.split(), "--gradient-checkpointing", "auto"]))
+
+
+def test_a_switch_may_be_on_off_or_auto(tmp_path: Path) -> None:
+    def parsed(*arguments: str) -> object:
+        return parse(arguments).run.gradient_checkpointing
+
+    flag = "--gradient-checkpointing"
+    assert [parsed(flag, word) for word in ("on", "off", "auto", "true", "0")] == [True, False, "auto", True, False]
+    assert (parsed(), parsed(flag)) == (False, True)
+    (tmp_path / "a.yaml").write_text("gradient_checkpointing: auto\n")
+    (tmp_path / "b.yaml").write_text("gradient_checkpointing: true\n")
+    assert [parsed("--config", str(tmp_path / name)) for name in ("a.yaml", "b.yaml")] == ["auto", True]
+    with pytest.raises(UserError, match="neither on nor off nor auto"):
+        parsed(flag, "maybe")
+    with pytest.raises(UserError, match="'auto' is neither on nor off"):
+        parse(["--use-lora-gen", "auto"])
+
+
+def test_the_fastest_that_fits_is_chosen(sdxl_folder: Path) -> None:
+    settings = settings_of(sdxl_folder)
+    without, with_it = (plan_of(settings, "ddp", 1, on).total for on in (False, True))
+    assert with_it < without
+    for memory, on, told in (
+        (without, False, "auto: off (planned"),
+        (without - 1, True, "auto: on (planned"),
+        (with_it, True, "auto: on (planned"),
+        (with_it - 1, True, "auto: on, and still too much (planned"),
+    ):
+        chosen, said = choose(settings, "ddp", 1, memory)
+        assert chosen is on
+        assert told in said
+    assert f"planned {without / 1e9:.1f} GB without, {with_it / 1e9:.1f} GB with" in said
+
+
+def test_it_is_on_where_nothing_can_be_planned(tmp_path: Path, sdxl_folder: Path) -> None:
+    assert memory_of(torch.device("cpu")) is None
+    assert choose(settings_of(sdxl_folder), "ddp", 1, None) == (
+        True, "--gradient-checkpointing auto: on (the memory of a CPU is not the run's alone)",
+    )  # fmt: skip
+    on, said = choose(settings_of("somebody/elses-model"), "ddp", 1, 10**12)
+    assert on
+    assert "not planned: --pretrained-model somebody/elses-model: its sizes are not known here" in said
+
+
+def test_a_run_records_and_tells_what_was_chosen(trainer) -> None:
+    run = trainer.run("auto", "--gradient-checkpointing auto --max-train-steps 1 --ratio-update 1")
+    assert "--gradient-checkpointing auto: on (the memory of a CPU" in (run / "log.txt").read_text()
+    record = torch.load(run / "checkpoints" / "torch_units" / "step-1.pt", weights_only=True)
+    assert record["settings"]["gradient_checkpointing"] is True
