@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from train_t2i import build
 from train_t2i.build import resolved
 from train_t2i.cli import parse
 from train_t2i.config import Settings
@@ -66,3 +67,19 @@ def test_a_run_records_and_tells_what_was_chosen(trainer) -> None:
     assert "--gradient-checkpointing auto: on (the memory of a CPU" in (run / "log.txt").read_text()
     record = torch.load(run / "checkpoints" / "torch_units" / "step-1.pt", weights_only=True)
     assert record["settings"]["gradient_checkpointing"] is True
+
+
+def test_what_is_chosen_is_what_is_built(trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a device that holds everything: off, in the family as in the record."""
+    built, load = [], build.build_family
+
+    def noted(run, dtype):
+        built.append(run.gradient_checkpointing)
+        return load(run, dtype)
+
+    monkeypatch.setattr(build, "build_family", noted)
+    monkeypatch.setattr("train_t2i.plan.automatic.memory_of", lambda device: 10**12)
+    run = trainer.run("roomy", "--gradient-checkpointing auto --max-train-steps 1 --ratio-update 1")
+    record = torch.load(run / "checkpoints" / "torch_units" / "step-1.pt", weights_only=True)
+    assert built == [False] == [record["settings"]["gradient_checkpointing"]]
+    assert "--gradient-checkpointing auto: off (planned" in (run / "log.txt").read_text()

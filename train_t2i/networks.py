@@ -156,7 +156,7 @@ class Networks:
                 factor = layer.lora_alpha[adapter] / layer.r[adapter] * scale
                 if layer in self._compiled and factor not in inputs:
                     inputs[factor] = torch.full((), factor, device=layer.lora_A[adapter].weight.device)
-                # a number would be a constant of the code, which would be compiled anew for every scale
+                # a number may be taken for a constant of the code, which is then compiled anew for every scale
                 layer.scaling[adapter] = inputs[factor] if layer in self._compiled else factor
         for replaced in self._replaced[name]:
             replaced.active = adapter
