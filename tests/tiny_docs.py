@@ -39,6 +39,10 @@ STANDS_FOR = {
     "--resolution 1328": "--resolution 64",
     "--mixed-precision bf16": "--mixed-precision no",
     "--published --device cuda --dtype bfloat16": "--device cpu --dtype bfloat16",
+    "scripts/benchmark.sh": "scripts/benchmark.sh --steps 1 --ratio-update 1",
+    "--layouts shared,paired --mixed-precision no,bf16": "--layouts shared --mixed-precision no --batch-size 2",
+    "checkpoints/tiny-sd3,checkpoints/tiny-flux": "{checkpoints}/tiny-flux --batch-size 2",
+    "--backends ddp,fsdp2": "--backends fsdp2",
     "scripts/chaos.sh": "scripts/chaos.sh --kills 1",
     "--kills 20": "--kills 1",
     # machines and processes: one on this one (several: tests/launched.py; by SSH: tests/launch/test_launch_ssh.py)
@@ -73,6 +77,7 @@ MODELS = {  # where a page leaves the model to the reader, or to a default
 NOT_RUN = {
     "bash scripts/quickstart.sh": "tests/test_quickstart.py runs it, from the pairs to the report",
     "bash scripts/test.sh": "it is what runs this",
+    "bash scripts/benchmark_gpu.sh": "needs a GPU, or ten minutes; tests/test_benchmark.py measures rows of its kind",
     "source .venv/bin/activate": "this runs in an environment already",
     "conda env create": "makes an environment, from the network",
     "conda activate": "of that environment",
