@@ -2,7 +2,7 @@
 
 Blocks of one shape share their code: a network of seventy blocks compiles one, once for each way in which the roles call
 it (which adapter, with or without a graph).  What differs from call to call is an input of that code: the rows, which are
-dimension 0 of every tensor, and the adapter's scale (``Networks``).
+dimension 0 of every tensor, and the adapter's scale, since torch takes a module's floats for inputs (tests count the code).
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def check_compiler(device: torch.device) -> None:
         raise UserError("--compile blocks needs a C++ compiler", "install g++, or leave it out") from None
 
 
-def compile_blocks(nets: Iterable[nn.Module], block_names: Sequence[str], backend: str) -> set[nn.Module]:
-    """Compile the repeated blocks of ``nets``; all modules inside them.
+def compile_blocks(nets: Iterable[nn.Module], block_names: Sequence[str], backend: str) -> None:
+    """Compile the repeated blocks of ``nets``.
 
     ``forward`` alone is compiled: hooks around a block (sharding, checkpointing), names of parameters and copies of the
     network are what they were.
@@ -59,7 +59,6 @@ def compile_blocks(nets: Iterable[nn.Module], block_names: Sequence[str], backen
         forward = _compiled(type(blocks[0]).forward, backend)
         for block in blocks:
             block.forward = MethodType(forward, block)
-    return {inner for blocks in kinds.values() for block in blocks for inner in block.modules()}
 
 
 def _compiled(forward: Callable[..., Any], backend: str) -> Callable[..., Any]:

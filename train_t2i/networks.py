@@ -49,7 +49,6 @@ class Networks:
         self._selected: dict[str, tuple[str | None, float]] = {}
         self._lora = {name: [m for m in net.modules() if isinstance(m, LoraLayer)] for name, net in modules.items()}
         self._replaced = {name: [m for m in net.modules() if isinstance(m, Replaced)] for name, net in modules.items()}
-        self._compiled: set[nn.Module] = set()  # all modules inside compiled blocks
         self.entries: dict[Role, nn.Module] = {}  # what to call where a role builds a graph, if not its module
         self._updating: Role | None = None
         self._graph_scale: float | None = None
@@ -91,7 +90,7 @@ class Networks:
 
     def compile(self, backend: str = "inductor") -> None:
         """Compile the repeated blocks of all modules, in place; before anything is called or sharded."""
-        self._compiled = compile_blocks(self.modules.values(), self.family.block_names, backend)
+        compile_blocks(self.modules.values(), self.family.block_names, backend)
 
     # -- predictions ---------------------------------------------------------------------------------------------
 
@@ -148,16 +147,11 @@ class Networks:
         """Switch a module's adapted layers; touches neither requires_grad nor any optimizer (peft's set_adapter does)."""
         if self._selected.get(name) == (adapter, scale):
             return
-        inputs: dict[float, Tensor] = {}  # () each; new ones, since a graph may keep those of before
         for layer in self._lora[name]:
             layer._disable_adapters = adapter is None
             if adapter is not None and adapter in layer.lora_A:
                 layer._active_adapter = [adapter]
-                factor = layer.lora_alpha[adapter] / layer.r[adapter] * scale
-                if layer in self._compiled and factor not in inputs:
-                    inputs[factor] = torch.full((), factor, device=layer.lora_A[adapter].weight.device)
-                # a number may be taken for a constant of the code, which is then compiled anew for every scale
-                layer.scaling[adapter] = inputs[factor] if layer in self._compiled else factor
+                layer.scaling[adapter] = layer.lora_alpha[adapter] / layer.r[adapter] * scale
         for replaced in self._replaced[name]:
             replaced.active = adapter
         self._selected[name] = (adapter, scale)
