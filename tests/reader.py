@@ -11,7 +11,6 @@ import io
 import os
 import re
 import shlex
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +19,7 @@ from itertools import count
 from pathlib import Path
 
 from documented import ROOT, Command, commands
+from forked import free_port
 from test_scripts import launched
 from tiny_docs import MODELS, NOT_RUN, OF_TRAIN, OF_VERBS, STANDS_FOR
 
@@ -49,12 +49,6 @@ def reason(found: Command) -> str | None:
     """The entry of NOT_RUN that a command falls under."""
     text = " ".join(found.words)
     return next((begin for begin in NOT_RUN if text.startswith(begin)), None)
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
 
 
 @dataclass

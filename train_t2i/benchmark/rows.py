@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -78,9 +77,11 @@ def fresh(call: Callable[..., Any], given: Sequence[Any], processes: int, limit_
 
     All of them are gone afterwards.  ``limit_s``: 0 waits for ever.
     """
+    from torch.distributed.elastic.utils.distributed import get_free_port
+
     context = get_context("spawn")  # so that memory, and its peak, are the row's own
     receiver, sender = context.Pipe(duplex=False)
-    port = _free_port()
+    port = get_free_port()
     started = [
         context.Process(target=_child, args=(rank, processes, port, call, given, sender if rank == 0 else None))
         for rank in range(processes)
@@ -139,9 +140,3 @@ def attempt(call: Callable[..., Any], given: Sequence[Any]) -> dict[str, Any]:
         return {"out_of_memory": str(error).splitlines()[0] if str(error) else "host memory"}
     except Exception as error:  # a row's failure is its result, and the next row is measured
         return {"failed": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
-
-
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
