@@ -15,12 +15,13 @@ import pytest
 import torch
 from flow_models import save_flow
 from reward_towers import write_folder
+from test_scripts import launched
 
 from train_t2i.__main__ import main
-from train_t2i.benchmark import BenchmarkConfig, page
+from train_t2i.benchmark import BenchmarkConfig, page, settings_of
 from train_t2i.benchmark.rows import Row, attempt, combinations, fresh
 from train_t2i.benchmark.step import measure
-from train_t2i.cli import parse
+from train_t2i.cli import parse, parse_verb
 from train_t2i.errors import UserError
 from train_t2i.families.published import PUBLISHED
 from train_t2i.plan.floor import floor
@@ -277,6 +278,38 @@ def test_an_interrupted_benchmark_keeps_its_rows(arguments, in_this_process, tmp
         main(["benchmark", *arguments, *WHOLE_STEPS])
     (row,) = json.loads((tmp_path / "new" / "out.json").read_text())["rows"]
     assert row["seconds_step"] == 2
+
+
+@pytest.mark.parametrize("small", ["0", "1"])
+def test_no_row_of_the_gpu_script_is_refused(small, tmp_path):
+    """Its programs print their arguments; each row that it asks for has settings, without a device."""
+    script = Path(__file__).parent.parent / "scripts" / "benchmark_gpu.sh"
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "benchmark_gpu.md").touch()
+    done = launched([str(script)], tmp_path, data=False, SMALL=small, WORK=str(tmp_path / "work"))
+    assert done.returncode == 0, done.stderr
+    _, *calls = done.stdout.replace("\n", "\0").split("-m\0train_t2i\0benchmark\0")
+    asked = [parse_verb(BenchmarkConfig, "benchmark", call.rstrip("\0").split("\0")) for call in calls]
+    rows = [(config, row) for config in asked for row in combinations(config)]
+    assert len(rows) == 8
+    for config, row in rows:
+        settings_of(config, row)  # raises UserError
+        assert row.is_random == (small == "0")
+    assert {config.batch_size for config, row in rows if row.layout == "paired"} == {4, 8}
+    assert {row.schedule for _, row in rows} == {"ours", "published"}
+
+
+@pytest.mark.slow
+def test_the_gpu_script_ends_on_its_budget_and_tells_of_every_row(tmp_path):
+    script = Path(__file__).parent.parent / "scripts" / "benchmark_gpu.sh"
+    told = {"WORK": str(tmp_path), "SMALL": "1", "BUDGET_S": "60"}
+    done = subprocess.run(["bash", str(script)], env={**os.environ, **told}, check=True, capture_output=True, text=True)
+    rows = json.loads((tmp_path / "benchmark_gpu.json").read_text())["rows"]
+    assert len(rows) == 8
+    assert "seconds_step" in rows[0]  # the first has all of the budget
+    assert all("seconds_step" in row or row["failed"].startswith("not done within") for row in rows)
+    assert done.stdout.endswith((tmp_path / "benchmark_gpu.md").read_text())
+    assert (tmp_path / "benchmark_gpu.png").stat().st_size > 0
 
 
 @pytest.mark.slow
