@@ -85,7 +85,7 @@ def real_run(settings: Settings) -> Real:
         autocast=(lambda: torch.autocast("cpu", dtype=dtype)) if low else nullcontext,
     )  # fmt: skip
     device = torch.device("cpu")
-    terms = reward_terms.build_terms(settings.method, dtype, device, run.gradient_checkpointing, run.seed)
+    terms = reward_terms.build_terms(settings.method, dtype, device, "rewards" in run.recomputed, run.seed)
     method = build.build_method(settings, networks, device, terms)
     told = full_texts(settings, dtype)
     family.encode = lambda prompts, negative=None, sources=(): told[negative is None]  # type: ignore[method-assign]

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from train_t2i import build
+from train_t2i import build, on_host
 from train_t2i.build import resolved
 from train_t2i.cli import parse
 from train_t2i.config import Settings
 from train_t2i.errors import UserError
-from train_t2i.plan.automatic import choose, memory_of, plan_of
+from train_t2i.plan.automatic import choose, memory_of, others_fit, plan_of
 
 
 def settings_of(model: object, more: str = "") -> Settings:
@@ -26,30 +26,61 @@ def test_a_switch_may_be_on_off_or_auto(tmp_path: Path) -> None:
 
     flag = "--gradient-checkpointing"
     assert [parsed(flag, word) for word in ("on", "off", "auto", "true", "0")] == [True, False, "auto", True, False]
+    assert [parsed(flag, word) for word in ("host", "networks", "rewards+networks+decoder")] == [
+        "host",
+        "networks",
+        True,
+    ]
     assert (parsed(), parsed(flag)) == (False, True)
     (tmp_path / "a.yaml").write_text("gradient_checkpointing: auto\n")
     (tmp_path / "b.yaml").write_text("gradient_checkpointing: true\n")
     assert [parsed("--config", str(tmp_path / name)) for name in ("a.yaml", "b.yaml")] == ["auto", True]
-    with pytest.raises(UserError, match="neither on nor off nor auto"):
+    with pytest.raises(UserError, match=r"neither on nor off nor auto nor host nor some of networks\+decoder\+rewards"):
         parsed(flag, "maybe")
     with pytest.raises(UserError, match="'auto' is neither on nor off"):
         parse(["--use-lora-gen", "auto"])
 
 
-def test_the_fastest_that_fits_is_chosen(sdxl_folder: Path) -> None:
-    settings = settings_of(sdxl_folder)
-    without, with_it = (plan_of(settings, "ddp", 1, on).total for on in (False, True))
-    assert with_it < without
-    for memory, on, told in (
-        (without, False, "auto: off (planned"),
-        (without - 1, True, "auto: on (planned"),
-        (with_it, True, "auto: on (planned"),
-        (with_it - 1, True, "auto: on, and still too much (planned"),
+def test_the_parts_are_what_is_recomputed() -> None:
+    def recomputed(*value: str) -> tuple[str, ...]:
+        flags = ["--clip-reward-model", "x", "--gradient-checkpointing", *value]
+        return parse(flags).run.recomputed
+
+    assert recomputed("off") == ()
+    assert recomputed("rewards+decoder") == ("decoder", "rewards")
+    assert recomputed("on") == recomputed("host") == recomputed("auto") == ("networks", "decoder", "rewards")
+    with pytest.raises(UserError, match="--gradient-checkpointing does nothing for images that no loss sees"):
+        parse(["--gradient-checkpointing", "decoder+rewards"])
+
+
+def test_the_fastest_that_fits_is_chosen(sdxl_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(on_host, "SMALL_BYTES", 0)  # else nothing of so small a network would go
+    settings = settings_of(sdxl_folder, "--sample-steps 0")
+    off, on, host = (plan_of(settings, "ddp", 1, way).total for way in (False, True, "host"))
+    assert host < on < off
+    for memory, way, told in (
+        (off, False, "auto: off (planned"),
+        (off - 1, True, "auto: on (planned"),
+        (on, True, "auto: on (planned"),
+        (on - 1, "host", "auto: host (planned"),
+        (host - 1, "host", "auto: host, and still too much (planned"),
     ):
         chosen, said = choose(settings, "ddp", 1, memory)
-        assert chosen is on
+        assert chosen == way
         assert told in said
-    assert f"planned {without / 1e9:.1f} GB without, {with_it / 1e9:.1f} GB with" in said
+    assert f"planned {off / 1e9:.1f} GB off, {on / 1e9:.1f} GB on, {host / 1e9:.1f} GB host" in said
+
+
+def test_images_alone_are_recomputed_where_that_is_enough(sdxl_folder: Path, towers: dict[str, Path]) -> None:
+    """And not tried where another phase is too large by itself."""
+    settings = settings_of(sdxl_folder, f"--clip-reward-model {towers['clip']} --cold-start-iter 0")
+    off, images, on = (plan_of(settings, "ddp", 1, way) for way in (False, "decoder+rewards", True))
+    assert on.total < images.total < off.total
+    assert choose(settings, "ddp", 1, images.total)[0] == "decoder+rewards"
+    assert choose(settings, "ddp", 1, images.total - 1)[0] is True
+    assert others_fit(off, images.total)
+    _, said = choose(settings, "ddp", 1, on.total)
+    assert ("decoder+rewards" in said) == others_fit(off, on.total)
 
 
 def test_it_is_on_where_nothing_can_be_planned(tmp_path: Path, sdxl_folder: Path) -> None:

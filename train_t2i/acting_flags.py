@@ -35,8 +35,13 @@ def _guided(v: Values) -> bool:
     return v.distill_cfg > 1 if v.method == "arcflow" else v.cfg_r > 1 or v.cfg_f > 1
 
 
-def _sees_images(v: Values) -> bool:
+def sees_images(v: Values) -> bool:
+    """Whether a loss looks at decoded images.  ``v``: every setting by name."""
     return _rewarded(v) or (v.method == "direct" and bool(v.feature_model))
+
+
+def _of_images_alone(v: Values) -> bool:
+    return v.gradient_checkpointing in ("decoder", "rewards", "decoder+rewards")
 
 
 def _rewarded(v: Values) -> bool:
@@ -117,7 +122,8 @@ CONDITIONAL = (
     Acts("lora_targets", lambda v: v.use_lora_gen or _guidance_is_lora(v), "where nothing trained is a LoRA", "give --use-lora-gen"),
     Acts("lora_rank", lambda v: v.use_lora_gen or _guidance_is_lora(v), "where nothing trained is a LoRA", "give --use-lora-gen"),
     Acts("base_quant", _keeps_frozen, "where all that is loaded is trained in full", "give --use-lora-gen"),
-    Acts("tiny_vae", _sees_images, *NO_REWARD),
+    Acts("tiny_vae", sees_images, *NO_REWARD),
+    Acts("gradient_checkpointing", lambda v: sees_images(v) or not _of_images_alone(v), "for images that no loss sees", "give it networks, or a reward model"),
     Acts("teacher_num_steps", lambda v: v.method != "direct", *NO_TEACHER),
     Acts("teacher_cfg", lambda v: v.method != "direct", *NO_TEACHER),
     Acts("lora_scale_f", _guidance_is_lora, "with a layout that has no guidance adapter", "choose another --layout"),

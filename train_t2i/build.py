@@ -72,7 +72,7 @@ def build_family(run: Config, dtype: torch.dtype) -> Family:
         size_px=parse_resolution(run.resolution),
         text_length=run.text_length or None,
         guidance=run.guidance_embed,
-        checkpoint_decoder=run.recomputes,
+        checkpoint_decoder="decoder" in run.recomputed,
         encoders=run.prompt_cache is None,
     )
     if run.prompt_cache is None:
@@ -141,7 +141,8 @@ def assemble(
         trains=trains,
         dtype=dtype,
         place=place,
-        checkpointing=run.recomputes,
+        checkpointing="networks" in run.recomputed,
+        keeps_on_host=run.keeps_on_host,
         compiled=run.compile == "blocks",
         base_quant=run.base_quant,
         autocast=autocast,

@@ -59,16 +59,22 @@ def spelled(argument: str, aliases: Mapping[str, str] = ALIASES) -> str:
     return "--" + aliases.get(field, field).replace("_", "-") + equals + value
 
 
-def parse_bool(text: str, words: Sequence[str] = ()) -> bool | str:
-    """on/off values of plain flags, and the ``words`` that one takes besides: absent value means on."""
+def parse_bool(text: str, words: Sequence[str] = (), parts: Sequence[str] = ()) -> bool | str:
+    """on/off values of plain flags, and the ``words`` that one takes besides: absent value means on.
+
+    One that has ``parts`` may be on for some of them, ``a+c``; all of them are on.
+    """
     lowered = text.lower()
+    if (named := set(lowered.split("+"))) <= set(parts):
+        return named == set(parts) or "+".join(part for part in parts if part in named)
     if lowered in words:
         return lowered
     if lowered in ("1", "true", "yes", "on"):
         return True
     if lowered in ("0", "false", "no", "off"):
         return False
-    raise argparse.ArgumentTypeError(f"{text!r} is {' nor '.join(('neither on', 'off', *words))}")
+    some = (f"some of {'+'.join(parts)}",) if parts else ()
+    raise argparse.ArgumentTypeError(f"{text!r} is {' nor '.join(('neither on', 'off', *words, *some))}")
 
 
 def field_types(kind: type) -> dict[str, type]:
@@ -90,12 +96,12 @@ def add_flags(parser: argparse.ArgumentParser, kind: type, title: str) -> None:
         shown = "" if field.default in (None, ()) else f" (default: {field.default!r})"
         extra: dict[str, Any] = {"type": of_type, "choices": field.metadata["choices"] or None}
         if of_type is bool:
-            words = field.metadata["words"]
+            words, parts = field.metadata["words"], field.metadata["parts"]
             extra = {
-                "type": partial(parse_bool, words=words),
+                "type": partial(parse_bool, words=words, parts=parts),
                 "nargs": "?",
                 "const": True,
-                "metavar": "|".join(("on", "off", *words)),
+                "metavar": "|".join(("on", "off", *words, *parts)),
             }
         if typing.get_origin(of_type) is tuple:
             option = "--" + REPEATED.get(field.name, field.name).replace("_", "-")

@@ -23,6 +23,7 @@ FAMILY_NAMES = ("sdxl", "sd3", "flux", "qwen_image", "qwen_image_edit", "qwen_im
 EDIT_FAMILIES = {"qwen_image_edit": 1, "qwen_image_edit_plus": 3}  # -> the most sources of a row
 METHOD_NAMES = tuple(METHOD_CONFIGS)
 BASE_QUANTS = ("fp8", "int8", "nf4")
+RECOMPUTABLE = ("networks", "decoder", "rewards")  # by --gradient-checkpointing
 # layout -> role -> (module, its adapter)
 LAYOUTS: dict[str, dict[str, tuple[str, str | None]]] = {
     "shared": {"generator": ("base", "generator"), "guidance": ("base", "guidance"), "teacher": ("base", None)},
@@ -121,10 +122,12 @@ class Config:
     gradient_accumulation_steps: int = flag(1, "micro-batches an update", low=1)
     gradient_checkpointing: bool | str = flag(
         False,
-        "recompute activations in backward (networks, decoder, rewards): less memory, more time; auto: unless the run is "
-        "planned to fit on this GPU without (always on a CPU)",
+        "recompute activations in backward, of networks, decoder and rewards or of some, as decoder+rewards: less memory, "
+        "more time; host: on, and what is still kept of networks waits in the host's memory; auto: the fastest of these "
+        "that is planned to fit on this GPU (on a CPU: on)",
         resume="warn",
-        words=("auto",),
+        words=("auto", "host"),
+        parts=RECOMPUTABLE,
     )
     compile: str = flag(
         "off",
@@ -168,9 +171,17 @@ class Config:
     config: str | None = flag(None, "YAML file of settings; flags win", resume="free")
 
     @property
-    def recomputes(self) -> bool:
-        """Whether backward recomputes activations; ``auto`` counts as on until it is decided."""
-        return bool(self.gradient_checkpointing)
+    def recomputed(self) -> tuple[str, ...]:
+        """The parts whose activations backward recomputes; ``auto`` counts as on until it is decided."""
+        value = self.gradient_checkpointing
+        if isinstance(value, bool) or value in ("auto", "host"):
+            return RECOMPUTABLE if value else ()
+        return tuple(value.split("+"))
+
+    @property
+    def keeps_on_host(self) -> bool:
+        """Whether what networks keep for backward waits in the host's memory."""
+        return self.gradient_checkpointing == "host"
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,12 @@ def flag(
     below: float | None = None,
     choices: tuple[str, ...] = (),
     words: tuple[str, ...] = (),
+    parts: tuple[str, ...] = (),
 ) -> Any:
     """A config field with its flag's help and its bounds: low <= value <= high, above < value < below.
 
-    ``words``: what a switch may be besides on and off.
+    ``words``: what a switch may be besides on and off; ``parts``: what it may be on for alone, joined by +.
     """
-    limits = {"low": low, "high": high, "above": above, "below": below, "choices": choices, "words": words}
-    return dataclasses.field(default=default, metadata={"help": help, "resume": resume, **limits})
+    limits = {"low": low, "high": high, "above": above, "below": below, "choices": choices}
+    taken = {"help": help, "resume": resume, "words": words, "parts": parts}
+    return dataclasses.field(default=default, metadata=taken | limits)

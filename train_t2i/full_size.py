@@ -83,7 +83,7 @@ def random_sdxl(dtype: torch.dtype, *, checkpoint_decoder: bool = False, device:
 def random_family(found: Published, run: Config, dtype: torch.dtype, device: torch.device) -> Any:
     """A published model, or a folder's shapes.  SDXL reads its texts; the others are told random ones, as by a cache."""
     if found == PUBLISHED["sdxl"]:
-        return random_sdxl(dtype, checkpoint_decoder=run.recomputes, device=device)
+        return random_sdxl(dtype, checkpoint_decoder="decoder" in run.recomputed, device=device)
 
     def make(kind: Any, config: dict[str, Any], dtype: torch.dtype) -> nn.Module:
         before = torch.get_default_dtype()

@@ -20,6 +20,7 @@ from train_t2i.compiled import compile_blocks
 from train_t2i.config import LAYOUTS
 from train_t2i.errors import UserError
 from train_t2i.families.base import Cond, Family
+from train_t2i.on_host import KeptOnHost
 
 Role = Literal["generator", "guidance", "teacher"]
 
@@ -39,9 +40,10 @@ class Networks:
         trains: tuple[Role, ...],
         autocast: Callable[[], AbstractContextManager] = nullcontext,
         named: Sequence[str] = (),
+        keeps_on_host: bool = False,
     ) -> None:
         """``named``: parts of the names of a full generator's parameters that are trained; none: all are."""
-        self.named = tuple(named)
+        self.named, self.keeps_on_host = tuple(named), keeps_on_host
         self.family, self.modules, self.layout, self.trains = family, modules, layout, trains
         self.routes = LAYOUTS[layout]
         self.autocast = autocast
@@ -112,7 +114,8 @@ class Networks:
         self.num_calls += 1 if _unguided(cfg) else 2
         try:
             net = self.entries.get(role, self.modules[name]) if builds_graph else self.modules[name]
-            with torch.set_grad_enabled(builds_graph), self.autocast():
+            kept = KeptOnHost(self.modules[name]) if builds_graph and self.keeps_on_host else nullcontext()
+            with torch.set_grad_enabled(builds_graph), self.autocast(), kept:
                 return self._guided(net, x_t, t, cond, cfg)
         finally:
             if builds_graph:  # stays on for the recomputation in backward
@@ -179,6 +182,7 @@ def build_networks(
     dtype: torch.dtype,
     place: Callable[[nn.Module, tuple[str, ...]], object],
     checkpointing: bool = False,
+    keeps_on_host: bool = False,
     compiled: bool = False,
     base_quant: str = "none",
     autocast: Callable[[], AbstractContextManager] = nullcontext,
@@ -210,7 +214,7 @@ def build_networks(
         net.requires_grad_(False)
         if checkpointing:
             net.enable_gradient_checkpointing()
-    networks = Networks(family, modules, layout, trains, autocast, named)
+    networks = Networks(family, modules, layout, trains, autocast, named, keeps_on_host)
     check_named(modules.get("gen"), named)
     for role in trains:
         for parameter in networks.parameters(role):

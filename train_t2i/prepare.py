@@ -148,7 +148,7 @@ def prepare(settings: Settings, folder: RunFolder, engine: Engine, stop: StopReq
         settings, family, uses=kind.uses, trains=kind.trains, dtype=engine.dtype, place=engine.place,
         autocast=engine.autocast,
     )  # fmt: skip
-    towers = engine.dtype, engine.device, cfg.recomputes
+    towers = engine.dtype, engine.device, "rewards" in cfg.recomputed
     terms = reward_terms.build_terms(settings.method, *towers, cfg.seed)
     features = reward_terms.build_features(settings.method, *towers)
     method = build.build_method(

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from train_t2i.benchmark.rows import Row, combinations
+from train_t2i.benchmark.rows import CHECKPOINTING, Row, combinations
 from train_t2i.cli import parse_verb
 from train_t2i.config import LAYOUTS, Config, DMDRConfig, Settings, flag
 from train_t2i.config_checks import check
@@ -60,7 +60,7 @@ class BenchmarkConfig:
     )
     layouts: str = flag(",".join(LAYOUTS), "comma list")
     backends: str = flag("ddp", "comma list of ddp, fsdp2, zero2, zero3; all but the first with --num-processes")
-    checkpointing: str = flag("off,on", "comma list of off and on: gradient checkpointing")
+    checkpointing: str = flag("off,on", f"comma list of {', '.join(CHECKPOINTING)}: gradient checkpointing")
     compile: str = flag("off", "comma list of off and blocks: torch.compile of the repeated blocks")
     schedules: str = flag("ours", "comma list of ours and published: as which trainer a step is computed")
     num_processes: int = flag(1, "processes a row, one a device", low=1)

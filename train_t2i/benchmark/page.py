@@ -111,7 +111,7 @@ def label(key: str, row: dict[str, Any]) -> str:
     """A setting that says by itself what it is of, or with its name."""
     value = words(key, row.get(key, ""))
     if key == "gradient_checkpointing":
-        return "checkpointed" if value == "on" else "not checkpointed"
+        return {"on": "checkpointed", "off": "not checkpointed"}.get(value, f"checkpointed ({value})")
     if key == "rewards":
         return f"{value if row.get(key) else 'no'} rewards"
     if key == "compile":

@@ -19,6 +19,7 @@ from train_t2i.errors import UserError
 from train_t2i.plan import MODELS
 
 SCHEDULES = ("ours", "published")
+CHECKPOINTING = {"off": False, "on": True} | {word: word for word in ("decoder+rewards", "networks", "host")}
 ENDING_S = 10  # that a process has to end by itself
 WITHOUT_FIGURES = ("refused", "out_of_memory", "failed")
 
@@ -31,7 +32,7 @@ class Row:
     layout: str = "shared"
     backend: str = "ddp"
     mixed_precision: str = "no"
-    checkpointing: bool = False
+    checkpointing: bool | str = False
     compile: str = "off"
     schedule: str = "ours"
 
@@ -62,14 +63,11 @@ def combinations(config: Any) -> list[Row]:
         chosen("--layouts", config.layouts, tuple(LAYOUTS)),
         chosen("--backends", config.backends, ("ddp", "fsdp2", "zero2", "zero3")),
         chosen("--mixed-precision", config.mixed_precision, ("no", "fp16", "bf16")),
-        chosen("--checkpointing", config.checkpointing, ("off", "on")),
+        [CHECKPOINTING[word] for word in chosen("--checkpointing", config.checkpointing, tuple(CHECKPOINTING))],
         chosen("--compile", config.compile, ("off", "blocks")),
         chosen("--schedules", config.schedules, SCHEDULES),
     )
-    return [
-        Row(model, layout, backend, precision, word == "on", compiled, schedule)
-        for model, layout, backend, precision, word, compiled, schedule in itertools.product(*axes)
-    ]
+    return [Row(*combination) for combination in itertools.product(*axes)]
 
 
 def fresh(call: Callable[..., Any], given: Sequence[Any], processes: int, limit_s: float) -> dict[str, Any]:

@@ -70,7 +70,6 @@ class Bench:
 
 def prepare(config: BenchmarkConfig, row: Row, reward_batch_size: int = 0) -> Bench:
     settings = settings_of(config, row, reward_batch_size)
-    checkpointing = row.checkpointing
     if row.compile != "off":
         check_compiler(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     engine = Engine(Flags(row.mixed_precision), row.backend)
@@ -89,7 +88,9 @@ def prepare(config: BenchmarkConfig, row: Row, reward_batch_size: int = 0) -> Be
         autocast=engine.autocast,
     )  # fmt: skip
     family.encode = watch.around("text_encoding", family.encode)
-    built = reward_terms.build_terms(settings.method, engine.dtype, engine.device, checkpointing, settings.run.seed)
+    built = reward_terms.build_terms(
+        settings.method, engine.dtype, engine.device, "rewards" in settings.run.recomputed, settings.run.seed
+    )
     terms = tuple(dataclasses.replace(term, score=watch.around("rewards_forward", term.score)) for term in built)
     method = build.build_method(settings, networks, engine.device, terms, calls_need_all=engine.calls_need_all)
     for role in roles.trains:

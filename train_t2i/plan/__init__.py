@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from train_t2i.cli import ALIASES, Parser, add_flags, parse, spelled
-from train_t2i.config import EDIT_FAMILIES, Settings, flag, resolved_layout, source_counts
+from train_t2i.config import EDIT_FAMILIES, RECOMPUTABLE, Settings, flag, resolved_layout, source_counts
 from train_t2i.config_checks import check_bounds
 from train_t2i.errors import EXIT_DONE, UserError
 
@@ -78,10 +78,12 @@ def main(arguments: Sequence[str]) -> int:
     plan = estimate(run, found, world)
     print("\n".join(page(name, run, resolved_layout(run), world, found, plan)), flush=True)
     turned = levers(run, found, world)
-    if not run.recomputes:
-        again = replace(run, gradient_checkpointing=True)
+    if not run.keeps_on_host:
+        way = "host" if run.recomputed == RECOMPUTABLE else True
+        again = replace(run, gradient_checkpointing=way)
         other = rehearsed(replace(settings, run=again), published, world)
-        turned.insert(0, Lever("--gradient-checkpointing (counted)", estimate(again, other, world)))
+        told = "--gradient-checkpointing" + (f" {way}" if isinstance(way, str) else "")
+        turned.insert(0, Lever(f"{told} (counted)", estimate(again, other, world)))
     least = told_floor(run, floor(run, found, world))
     print("\n".join([*told_levers(plan, turned), *least, *told_traffic(run, found, world)]))
     return EXIT_DONE

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from train_t2i.plan.work import add_attention
@@ -144,6 +145,14 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: 
     rows = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
     query, key, value = (t.expand(*rows, *t.shape[-2:]) for t in (query, key, value))
     return Flash.apply(query, key, value)
+
+
+def elsewhere() -> saved_tensors_hooks:
+    """Tensors kept for backward take no memory of the device until they are asked for."""
+    return saved_tensors_hooks(
+        lambda tensor: (tensor.shape, tensor.stride(), tensor.dtype),
+        lambda told: torch.empty_strided(*told[:2], dtype=told[2], device="meta"),
+    )
 
 
 class _Casts:

@@ -145,7 +145,7 @@ def _empty_sdxl(kind: Any, found: Published, run: Config, dtype: torch.dtype, ma
         with told_of(found.repository):
             return make(diffusers.UNet2DConditionModel, found.denoiser, dtype)
 
-    return kind(pipe, load, shift=run.shift or 1.0, checkpoint_decoder=run.recomputes)
+    return kind(pipe, load, shift=run.shift or 1.0, checkpoint_decoder="decoder" in run.recomputed)
 
 
 def _empty_flow(kind: Any, found: Published, run: Config, dtype: torch.dtype, make: Make) -> Family:
@@ -155,7 +155,7 @@ def _empty_flow(kind: Any, found: Published, run: Config, dtype: torch.dtype, ma
     )
     options = FamilyOptions(
         dtype=dtype, shift=run.shift or None, size_px=parse_resolution(run.resolution), encoders=False,
-        text_length=run.text_length or None, guidance=run.guidance_embed, checkpoint_decoder=run.recomputes,
+        text_length=run.text_length or None, guidance=run.guidance_embed, checkpoint_decoder="decoder" in run.recomputed,
     )  # fmt: skip
     config = dict(_on_meta(kind.Transformer, found.denoiser, dtype).config)
     return kind(pipe, config, lambda dtype: make(kind.Transformer, found.denoiser, dtype), options)
@@ -168,7 +168,7 @@ def _empty_tiny(run: Config, latent_channels: int, make: Make) -> Any:
         shape = _read(config) if config.is_file() else {"latent_channels": latent_channels}
         tiny = make(diffusers.AutoencoderTiny, shape, torch.float32).requires_grad_(False)
     check_channels(tiny, latent_channels, f"--tiny-vae {run.tiny_vae}")
-    if run.recomputes:
+    if "decoder" in run.recomputed:
         tiny.enable_gradient_checkpointing()
     return tiny
 

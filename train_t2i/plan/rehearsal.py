@@ -15,7 +15,7 @@ from torch import nn
 
 import rewards.tower
 from rewards.semantic import SemanticRelative
-from train_t2i import build, reward_terms
+from train_t2i import build, on_host, reward_terms
 from train_t2i.base_quant import quantized_layers
 from train_t2i.config import DMDRConfig, Settings, resolved_layout
 from train_t2i.engine import DTYPES
@@ -23,7 +23,7 @@ from train_t2i.families.published import Published
 from train_t2i.methods import METHODS
 from train_t2i.methods.base import Batch, Clock, RewardTerm
 from train_t2i.networks import Networks, Role
-from train_t2i.plan.ledger import Ledger, Peak, like_a_gpu, replaced
+from train_t2i.plan.ledger import Ledger, Peak, elsewhere, like_a_gpu, replaced
 from train_t2i.plan.model import META, empty_family
 from train_t2i.plan.work import Counter, Work
 from train_t2i.reward_flags import monitor_paths
@@ -84,6 +84,7 @@ def rehearse(settings: Settings, found: Published, *, gradient_share: float, gat
     shapes = empty_family(found, run, dtype)
     with ExitStack() as stack:
         call = stack.enter_context(like_a_gpu())
+        stack.enter_context(replaced(on_host, "to_host", elsewhere))
         autocast = nullcontext if dtype == torch.float32 else partial(call, dtype)
         networks = empty_networks(settings, shapes.family, dtype, autocast)
         modules = {name: module_bytes(net, networks, name, dtype) for name, net in networks.modules.items()}
@@ -178,7 +179,9 @@ def empty_rewards(settings: Settings, dtype: torch.dtype) -> tuple[tuple[RewardT
         return rewards.tower.empty_model(source, dtype).eval().requires_grad_(False)
 
     with replaced(rewards.tower, "resolve", resolved), replaced(rewards.tower, "load_model", load):
-        terms = reward_terms.build_terms(method, dtype, META, run.recomputes, run.seed, only=rewards.TOWERS)
+        terms = reward_terms.build_terms(
+            method, dtype, META, "rewards" in run.recomputed, run.seed, only=rewards.TOWERS
+        )
         paths = monitor_paths(method) if isinstance(method, DMDRConfig) else {}
         return terms, [
             reward_terms.build_reward(name, path, dtype, META, False)
