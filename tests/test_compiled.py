@@ -15,7 +15,7 @@ from flow_models import save_flow
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from train_t2i import compiled
+from train_t2i import compiled, on_host
 from train_t2i.__main__ import main
 from train_t2i.build import check_started
 from train_t2i.config import Config, DMDRConfig, Settings
@@ -48,9 +48,9 @@ def families(folders: dict[str, Path]) -> dict[str, Family]:
     return {name: load_family("auto", str(folder)) for name, folder in folders.items()}
 
 
-def build(family: Family, layout: str, backend: str | None, *, checkpointing: bool = False) -> tuple[Networks, object]:
+def build(family: Family, layout: str, backend: str | None, **options: bool) -> tuple[Networks, object]:
     """Networks with adapters that do something, and DMDR of four steps on them, its teacher's scale falling."""
-    networks = tiny.networks(family, layout, checkpointing=checkpointing)
+    networks = tiny.networks(family, layout, **options)
     for net in networks.modules.values():
         tiny.shake(net)
     if backend is not None:
@@ -87,9 +87,9 @@ def assert_near(found: dict[str, Tensor], expected: dict[str, Tensor], apart: fl
         assert float((found[name] - value).norm() / value.norm()) < apart, name
 
 
-def assert_whole_ticks_equal(family: Family, layout: str, checkpointing: bool, backend: str = "aot_eager") -> None:
+def assert_whole_ticks_equal(family: Family, layout: str, options: dict[str, bool], backend: str = "aot_eager") -> None:
     """Nothing is compiled after the first step, although levels, rows and the teacher's scale differ in each tick."""
-    plain, fast = (build(family, layout, b, checkpointing=checkpointing) for b in (None, backend))
+    plain, fast = (build(family, layout, b, **options) for b in (None, backend))
     for number in range(RATIO):
         assert_near(tick(*fast, number), tick(*plain, number))
     made = counters["stats"]["unique_graphs"]
@@ -109,11 +109,17 @@ def assert_whole_ticks_equal(family: Family, layout: str, checkpointing: bool, b
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize(
-    ("name", "layout", "checkpointing"),
-    [("sd3", "shared", True), ("sd3", "paired", False), ("sdxl", "paired", True), ("sdxl", "shared", False)],
+    ("name", "layout", "options"),
+    [
+        ("sd3", "shared", {"checkpointing": True, "keeps_on_host": True}),
+        ("sd3", "paired", {}),
+        ("sdxl", "paired", {"checkpointing": True}),
+        ("sdxl", "shared", {}),
+    ],
 )
-def test_whole_ticks_compile_once_a_role(families, name, layout, checkpointing):
-    assert_whole_ticks_equal(families[name], layout, checkpointing)
+def test_whole_ticks_compile_once_a_role(families, name, layout, options, monkeypatch):
+    monkeypatch.setattr(on_host, "SMALL_BYTES", 0)  # where anything is kept on the host, everything is
+    assert_whole_ticks_equal(families[name], layout, options)
 
 
 def test_names_and_copies_are_those_of_plain_networks(families):
