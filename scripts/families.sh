@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# DMDR on the tiny SD3, FLUX.1 and Qwen-Image: cold start, DMD with two reward models, evaluation beside the teacher; the
-# four-step Qwen-Image from a student of Direct Distillation.  Stopped, it goes on where it was.
+# DMDR on the tiny SD3, FLUX.1 and Qwen-Image: cold start, DMD with two reward models, evaluation beside the teacher; SD3's
+# generator in full, the others' as LoRA; the four-step Qwen-Image from a student of Direct Distillation.  Stopped, it goes on
+# where it was.
 #
 #   bash scripts/families.sh                       runs/families; WORK=DIR for another folder
 #   FAMILIES="flux" bash scripts/families.sh       one of sd3 flux qwen_image, or several
@@ -10,10 +11,14 @@ FAMILIES="${FAMILIES:-sd3 flux qwen_image}"
 # shellcheck source=scripts/tiny_world.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/tiny_world.sh"
 
-distil() { # LAUNCHER'S NAME: a cold start, DMD with rewards from where it ends, a row of the table for each
+distil() { # LAUNCHER'S NAME [RATES]: a cold start, DMD with rewards from where it ends, a row of the table for each
   local cold="cold_start_$1" dmdr="dmdr_$1_refl"
-  stage "$cold" train "$cold" "$cold"
-  stage "$dmdr" train "$dmdr" "$dmdr"
+  local -a in_cold=() in_dmdr=()
+  if (($# > 1)); then # the rates of either stage, of a generator of which all weights are trained
+    in_cold=(--use-lora-gen off --learning-rate-gen "$2") in_dmdr=(--use-lora-gen off --learning-rate-gen "$3")
+  fi
+  stage "$cold" train "$cold" "$cold" ${in_cold[@]+"${in_cold[@]}"}
+  stage "$dmdr" train "$dmdr" "$dmdr" ${in_dmdr[@]+"${in_dmdr[@]}"}
   stage "evaluate-$1" evaluate "cold-$1,dmdr-$1" "$WORK/$cold" "$WORK/$dmdr"
   runs+=("$WORK/$cold" "$WORK/$dmdr")
 }
@@ -43,7 +48,7 @@ for family in $FAMILIES; do
   [[ "$family" =~ ^(sd3|flux|qwen_image)$ ]] || setup_fail "FAMILIES: unknown family $family" "one of sd3 flux qwen_image"
   stage "evaluate-teacher-$family" evaluate_teacher "$family" "teacher-$family"
   case "$family" in
-    sd3) distil sd3 ;;
+    sd3) distil sd3 5e-5 3e-5 ;; # its LoRA students stay below their teacher (docs/recipe.md)
     flux)
       distil flux_4step
       distil flux_2step
