@@ -148,7 +148,7 @@ def _apart(rank: int) -> Iterator[None]:
     """The host's memory is taken for a device's, from which optimizer state can be moved away; a slice is small."""
     from train_t2i.engine import backends, offload
 
-    with mock.patch.object(backends, "is_apart", lambda device: True), mock.patch.object(offload, "SLICE", 2_000):
+    with mock.patch.object(backends, "is_apart", return_value=True), mock.patch.object(offload, "SLICE", 2_000):
         yield
 
 
