@@ -74,6 +74,12 @@ def moved_parts(engine: Engine) -> Iterator[tuple[str, torch.Tensor]]:
                 yield key, value
 
 
+def all_waits(engine: Engine) -> bool:
+    """Whether the state lies in the memory where it waits, and nowhere else."""
+    blocks = {block.untyped_storage().data_ptr() for block in engine.backend.offloaded[ROLE].memory.blocks}
+    return {value.untyped_storage().data_ptr() for _, value in moved_parts(engine)} == blocks
+
+
 @pytest.mark.parametrize("first_finite", [True, False], ids=["", "skipped-first"])
 @pytest.mark.parametrize(("eight_bit", "precision"), [(False, "no"), (True, "no"), (False, "fp16")])
 def test_training_is_equal_bit_for_bit(apart, eight_bit, precision, first_finite):
@@ -89,8 +95,9 @@ def test_training_is_equal_bit_for_bit(apart, eight_bit, precision, first_finite
             update(engine, named, step, finite=step != 2 and (first_finite or step > 0))
         ends.append((named, engine.role_state(ROLE)))
         if moves:
-            blocks = {block.untyped_storage().data_ptr() for block in engine.backend.offloaded[ROLE].memory.blocks}
-            assert {value.untyped_storage().data_ptr() for _, value in moved_parts(engine)} == blocks
+            assert all_waits(engine)
+            states = engine.backend.optimizers[ROLE].state.values()
+            assert len({id(state["qmap1"]) for state in states if "qmap1" in state}) == eight_bit, "all share a table"
             if not eight_bit:
                 assert {key for key, _ in moved_parts(engine)} == {"exp_avg", "exp_avg_sq", "ema"}
     (plain, saved), (moved, kept) = ends
@@ -121,6 +128,7 @@ def test_a_checkpoint_goes_on_with_the_flag_and_without(apart, monkeypatch, move
         other.load_role(ROLE, engine.role_state(ROLE))
     assert made == [[1, 0]] * len(SHAPES), "a tensor at a time, or loading would be the run's peak"
     assert (ROLE in other.backend.offloaded) is moves
+    assert not moves or all_waits(other)
     for step in range(3, 5):
         update(engine, named, step)
         update(other, again, step)

@@ -390,10 +390,12 @@ def test_levers_say_what_they_come_to() -> None:
     assert now.total - told["--use-8bit-adam"].total == pytest.approx((6 - 8 / 256) * 0.3 * GB)
     waits = told["--offload-optimizer (2.40 GB of the host's memory)"]
     assert now.total - waits.total == pytest.approx(8 * 0.3 * GB)
-    offered = [lever.what for lever in levers(replace(run, offload_optimizer=True), MADE, 8)]
-    assert "--backend fsdp2" in offered
-    assert not any(word in what for what in offered for word in ("zero2", "--offload-optimizer"))
-    assert not any("offload" in lever.what for lever in levers(replace(run, backend="zero2"), MADE, 8))
+    grown = replace(MADE, trained={"generator": 2 * GB, "guidance": 0})
+    for on in (False, True):
+        offered = " ".join(lever.what for lever in levers(replace(run, offload_optimizer=on), grown, 8))
+        assert "--backend fsdp2" in offered
+        assert ("--backend zero2" in offered, "--offload-optimizer" in offered) == (not on, not on)
+    assert not any("offload" in lever.what for lever in levers(replace(run, backend="zero2"), grown, 8))
     assert now.frozen - told["--base-quant nf4"].frozen == pytest.approx((2 - 0.5 - 4 / 64) * 2 * GB)
     assert told["--backend fsdp2"].frozen == GB // 2
     one = told["--batch-size 1 --gradient-accumulation-steps 4"]

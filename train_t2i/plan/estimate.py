@@ -158,7 +158,7 @@ def levers(run: Config, found: Rehearsal, world: int) -> list[Lever]:
         tried.append(("--prompt-cache (no text encoder is loaded)", replace(now, encoders=0)))
     if not run.use_8bit_adam:
         tried.append(("--use-8bit-adam", estimate(replace(run, use_8bit_adam=True), found, world)))
-    if not run.offload_optimizer and run.backend in ("ddp", "fsdp2"):
+    if run.backend in ("ddp", "fsdp2"):
         waits = estimate(replace(run, offload_optimizer=True), found, world)
         tried.append((f"--offload-optimizer ({waits.host / GB:.2f} GB of the host's memory)", waits))
     if run.batch_size > 1:
