@@ -143,6 +143,15 @@ def _counted(rank: int) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _apart(rank: int) -> Iterator[None]:
+    """The host's memory is taken for a device's, from which optimizer state can be moved away; a slice is small."""
+    from train_t2i.engine import backends, offload
+
+    with mock.patch.object(backends, "is_apart", return_value=True), mock.patch.object(offload, "SLICE", 2_000):
+        yield
+
+
 def _asked(**environ: str) -> Callable[[int], Any]:
     """What accelerate's launcher would have set."""
 
@@ -206,6 +215,7 @@ FAULTS = {
     "no_common_disk": _no_common_disk,
     "saved_again": _saved_again,
     "counted": _counted,
+    "apart": _apart,
     "zero_stage2_file": _zero_file(2),
     "zero_stage3_file": _zero_file(3),
     "fsdp_flags": _asked(

@@ -64,6 +64,8 @@ CANNOT_WORK = [
     ("--base-quant nf4 --backend fsdp2", "--base-quant nf4 does not go with --backend fsdp2"),
     ("--base-quant fp8 --backend zero2", "use --backend ddp"),
     ("--base-quant int8 --backend zero3", "quantised weights are not shared out"),
+    ("--offload-optimizer --backend zero2", "--offload-optimizer does not go with --backend zero2"),
+    ("--offload-optimizer --backend zero3", "use --backend ddp or fsdp2"),
     ("--xl-ode-pretrain-path x --sample-num-steps 4", "one-step student"),
     ("--layout separate --sample-num-steps 4 --dynamic-step 5", "--lora-scale-r 0"),
     ("--sample-num-steps 4 --s-type-gen beta --gen-a 0", "--gen-a"),

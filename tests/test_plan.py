@@ -359,12 +359,43 @@ def test_what_is_the_worst_moment() -> None:
     assert replace(plan, frozen=plan.frozen + 48 * GB - plan.total + 1).cards == (80, 141)
 
 
+def test_moments_that_wait_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They leave what is kept; a slice of them comes to the gradients, which all are there by then."""
+    monkeypatch.setattr("train_t2i.plan.estimate.SLICE", 50_000_000)
+    plain = replace(PAIR, backend="ddp")
+    for world, run in ((1, plain), (8, replace(plain, backend="fsdp2")), (2, replace(plain, use_8bit_adam=True))):
+        kept, waits = (estimate(replace(run, offload_optimizer=on), MADE, world) for on in (False, True))
+        assert (kept.host, waits.optimizer) == (0, 0)
+        assert waits.host == kept.optimizer > 0
+        assert kept.total - waits.total == kept.optimizer  # activations are the worst moment
+        share, moment = 1 if run.backend == "ddp" else world, (2 + 8 / 256) if run.use_8bit_adam else 8
+        slices = {role: min(count / share, 50_000_000) for role, count in MADE.trained.items()}
+        steps = {f"{r} step": (int(4 * n / share), int(moment * slices[r])) for r, n in MADE.trained.items()}
+        assert {name: phase for name, phase in waits.phases.items() if name not in kept.phases} == steps
+    small = replace(MADE, updates={role: Peak() for role in MADE.updates}, rollout=Peak(), sheet=Peak())
+    alone = estimate(replace(plain, offload_optimizer=True), small, 1)
+    assert alone.phases[alone.worst] == (800_000_000, 400_000_000)
+    told = page("sd3_medium", plain, "shared", 1, small, alone)
+    assert [line.strip() for line in told if "step" in line or "host" in line] == [
+        "0.80  gradients, generator step", "0.40  moments, generator step", "guidance step: 0.80",
+        "2.40  of the host's memory, pinned: optimizer",
+    ]  # fmt: skip
+
+
 def test_levers_say_what_they_come_to() -> None:
     run = replace(PAIR, backend="ddp", batch_size=4)
     now = estimate(run, MADE, 8)
     told = {lever.what: lever.plan for lever in levers(run, MADE, 8)}
     assert now.total - told["--prompt-cache (no text encoder is loaded)"].total == 3 * GB
     assert now.total - told["--use-8bit-adam"].total == pytest.approx((6 - 8 / 256) * 0.3 * GB)
+    waits = told["--offload-optimizer (2.40 GB of the host's memory)"]
+    assert now.total - waits.total == pytest.approx(8 * 0.3 * GB)
+    grown = replace(MADE, trained={"generator": 2 * GB, "guidance": 0})
+    for on in (False, True):
+        offered = " ".join(lever.what for lever in levers(replace(run, offload_optimizer=on), grown, 8))
+        assert "--backend fsdp2" in offered
+        assert ("--backend zero2" in offered, "--offload-optimizer" in offered) == (not on, not on)
+    assert not any("offload" in lever.what for lever in levers(replace(run, backend="zero2"), grown, 8))
     assert now.frozen - told["--base-quant nf4"].frozen == pytest.approx((2 - 0.5 - 4 / 64) * 2 * GB)
     assert told["--backend fsdp2"].frozen == GB // 2
     one = told["--batch-size 1 --gradient-accumulation-steps 4"]
@@ -373,7 +404,7 @@ def test_levers_say_what_they_come_to() -> None:
     assert all(plan.total < now.total for plan in told.values())
     sharded = {lever.what: lever.plan for lever in levers(replace(run, backend="fsdp2"), MADE, 8)}
     assert sharded["--batch-size 1 --gradient-accumulation-steps 4"].phases["generator update"] == (10**8, 750_000_000)
-    quiet = replace(run, base_quant="nf4", use_8bit_adam=True, batch_size=1, lora_rank=4)
+    quiet = replace(run, base_quant="nf4", use_8bit_adam=True, offload_optimizer=True, batch_size=1, lora_rank=4)
     for world in (1, 8):  # codes are not shared out
         assert [lever.what.split()[0] for lever in levers(quiet, MADE, world)] == ["--prompt-cache"]
 

@@ -163,6 +163,9 @@ def test_a_step_is_its_ticks_with_levels_drawn_evenly() -> None:
     assert least.updated == (16 + 16) * (5 * 100 + 2000)
     assert floor(replace(RUN, use_8bit_adam=True), MADE, 1).updated == (16 + 2 * (2 + 8 / 256)) * 2500
     assert floor(replace(RUN, backend="fsdp2"), MADE, 8).updated == least.updated / 8
+    waits = floor(replace(RUN, offload_optimizer=True), MADE, 1)  # moments come and leave
+    assert (least.bus, waits.bus) == (0, 2 * 8 * 2500)
+    assert waits.updated == least.updated + waits.bus
 
 
 def test_how_many_calls_simulations_make() -> None:
@@ -190,4 +193,5 @@ def test_a_page_tells_the_floor() -> None:
     assert told[1].split() == ["5", "network", "calls:", "rollout", "2,", "guidance", "update", "3"]
     assert [line.split()[0] for line in told[2:7]] == ["1", "0.5", "and", "2.00", "3.00"]
     assert "H100 0.00607" in told[-1]
+    assert "for --offload-optimizer, 7.00 GB between the host's memory" in told_floor(RUN, replace(least, bus=7e9))[-2]
     assert len(told_floor(replace(RUN, mixed_precision="no"), replace(least, rest=0, again=0))) == 5

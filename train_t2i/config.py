@@ -118,6 +118,11 @@ class Config:
     adam_epsilon: float = flag(1e-8, "AdamW", low=0)
     adam_weight_decay: float = flag(0.01, "AdamW, of the generator; the guidance network has none", low=0)
     use_8bit_adam: bool = flag(False, "AdamW with 8-bit state (bitsandbytes)")
+    offload_optimizer: bool = flag(
+        False,
+        "AdamW's state and the moving average wait in the host's memory and come to the GPU for updates: less memory, more time",
+        resume="free",
+    )
     max_grad_norm: float = flag(1.0, "gradients are scaled down to this norm; 0: never", low=0)
     gradient_accumulation_steps: int = flag(1, "micro-batches an update", low=1)
     gradient_checkpointing: bool | str = flag(

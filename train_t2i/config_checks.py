@@ -83,6 +83,11 @@ def check_backend(settings: Settings, backend: str) -> None:
             f"--base-quant {base_quant} does not go with --backend {backend}: quantised weights are not shared out",
             "use --backend ddp",
         )
+    if settings.run.offload_optimizer and backend in ("zero2", "zero3"):
+        raise UserError(
+            f"--offload-optimizer does not go with --backend {backend}: DeepSpeed steps by itself on state that it has cut",
+            "use --backend ddp or fsdp2",
+        )
     if settings.run.compile != "off" and backend in ("zero2", "zero3"):
         raise UserError(
             f"--compile {settings.run.compile} does not go with --backend {backend}: DeepSpeed changes parameters behind "

@@ -101,7 +101,7 @@ DEAD = {
 # theirs -> the way out
 REFUSED = {
     "hub_token": "log in with `hf auth login`, or set HF_TOKEN: flags are written down in many places",
-    "low_vram": "leave it out: --gradient_checkpointing, --use_8bit_adam and FSDP save memory",
+    "low_vram": "leave it out: --gradient_checkpointing, --use_8bit_adam, --offload-optimizer and FSDP save memory",
     "random_ratio_crop": "leave it out: --enable_bucket keeps images whole",
     "fix_sample_size": "give --image_sample_size WIDTHxHEIGHT without --enable_bucket: images are cut to it, not distorted",
     "use_came": "leave it out: the optimizer is AdamW, or --use_8bit_adam",

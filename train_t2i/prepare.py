@@ -129,6 +129,8 @@ def prepare(settings: Settings, folder: RunFolder, engine: Engine, stop: StopReq
     settings, chosen = with_memory(settings, engine)
     cfg = settings.run
     found = [*engine.told, *reward_terms.check(settings.method), *chosen]
+    if cfg.offload_optimizer and engine.device.type == "cpu":
+        found.append("--offload-optimizer: nothing to do on a CPU, whose memory is the host's")
     build.check_initial(cfg)
     data, batch, settings = read_data(settings, folder, engine, resumed)
     asked = sheet_rows(settings, data)
@@ -219,7 +221,8 @@ def adam_settings(settings: Settings, role: Role) -> AdamSettings:
     decay = run.adam_weight_decay if role == "generator" else 0.0
     betas = (run.adam_beta1, run.adam_beta2)
     factors = rate_factors(settings.method)
-    return AdamSettings(learning_rate(settings, role, 0), betas, run.adam_epsilon, decay, run.use_8bit_adam, factors)
+    rate, offload = learning_rate(settings, role, 0), run.offload_optimizer
+    return AdamSettings(rate, betas, run.adam_epsilon, decay, run.use_8bit_adam, factors, offload)
 
 
 def rate_factors(method: Any) -> dict[str, float]:

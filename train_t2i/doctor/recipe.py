@@ -17,7 +17,7 @@ from train_t2i.errors import UserError
 from train_t2i.families.published import Published
 from train_t2i.feed import dataset_for
 from train_t2i.methods import METHODS
-from train_t2i.plan.estimate import ADAM_8BIT_BYTES, ADAM_BYTES, FP32_BYTES, Plan, estimate
+from train_t2i.plan.estimate import FP32_BYTES, Plan, adam_bytes, estimate
 from train_t2i.plan.model import published_of
 from train_t2i.plan.rehearsal import Rehearsal
 from train_t2i.prompt_cache import PromptCache
@@ -155,7 +155,11 @@ def fits(run: Config, world: int, taken: Plan) -> Iterator[Finding]:
         short = f"needs {machine.gb(taken.total)} on each GPU, and {machine.gb(min(free))} are free on one of them"
         yield Finding("devices", short, less)
     available = machine.memory_bytes()[1]
-    needed = (taken.total - taken.reserve) * world
+    waiting = taken.host * min(world, len(free))
+    if waiting > available:
+        short = f"--offload-optimizer keeps {machine.gb(waiting)} here, and {machine.gb(available)} are available"
+        yield Finding("memory", short, "leave it out, or take --use-8bit-adam")
+    needed = (taken.total - taken.reserve + taken.host) * world
     if not free and needed > available:
         short = f"needs {machine.gb(taken.total)} on each device; no GPU is here, and {machine.gb(available)} of memory"
         yield Finding("devices", short, "run it where the GPUs are: the plan is for one like them")
@@ -163,8 +167,7 @@ def fits(run: Config, world: int, taken: Plan) -> Iterator[Finding]:
 
 def checkpoint_bytes(run: Config, found: Rehearsal) -> int:
     """Weights in fp32 and the optimizer's state of all roles that are trained."""
-    adam = ADAM_8BIT_BYTES if run.use_8bit_adam else ADAM_BYTES
-    return int(sum(found.trained.values()) * (FP32_BYTES + adam))
+    return int(sum(found.trained.values()) * (FP32_BYTES + adam_bytes(run)))
 
 
 def run_folder(run: Config, needed_bytes: int) -> Iterator[Finding]:

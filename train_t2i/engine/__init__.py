@@ -148,7 +148,7 @@ class Engine:
 
     def average(self, role: str, decay: float) -> None:
         """Bring the role's moving average up to its weights: ema <- weights + decay (ema - weights)."""
-        average.average(self.backend.pieces(role), self.backend.optimizers[role], decay)
+        average.average(self.backend.pieces(role), self.backend.optimizers[role], decay, self._here(role))
 
     def averaged(self, role: str) -> AbstractContextManager[None]:
         """The role's network with its moving average in the place of its weights, where it has one."""
@@ -156,11 +156,17 @@ class Engine:
             self.backend.pieces(role), self.backend.optimizers[role], lambda: self.backend.refresh(role)
         )
 
+    def _here(self, role: str) -> state.Here:
+        offloaded = self.backend.offloaded.get(role)
+        return offloaded.here if offloaded else state.always_here
+
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
     def role_state(self, role: str) -> RoleState:
         """The role's whole state on the main process, in memory of its own; empty elsewhere.  All processes call it."""
         pieces = self.backend.pieces(role)
+        if role in self.backend.offloaded:
+            self.backend.offloaded[role].settle()
         holders = 1 if self.backend_name == "ddp" else self.world
         found = state.collect(pieces, self.backend.optimizers[role], self.rank, holders)
         return replace(found, scaler=self.scales[role].state())
@@ -174,7 +180,7 @@ class Engine:
 
     def load_role(self, role: str, saved: RoleState) -> None:
         """Put a checkpoint's state in, from whatever backend and number of processes.  Raises UserError."""
-        state.distribute(saved, self.backend.pieces(role), self.backend.optimizers[role])
+        state.distribute(saved, self.backend.pieces(role), self.backend.optimizers[role], self._here(role))
         self.scales[role].load(saved.scaler)
         self.backend.refresh(role)
 

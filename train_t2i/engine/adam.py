@@ -23,6 +23,7 @@ class AdamSettings:
     weight_decay: float
     use_8bit: bool
     factors: Mapping[str, float] = field(default_factory=dict)  # expression for a parameter's name -> of its rate
+    offload: bool = False  # its state waits in the host's memory, where that is not the device's (offload.py)
 
     def factor(self, name: str) -> float:
         """What a parameter's learning rate is multiplied by."""

@@ -58,7 +58,10 @@ FSDP_TAKEN: dict[str, tuple[tuple[str, ...], str]] = {
         "take FULL_SHARD, or --use_deepspeed --zero_stage 2 (weights whole), or no --use_fsdp (all whole)",
     ),
     "reshard_after_forward": (("TRUE", "FULL_SHARD"), "take true: weights are given up after a block"),
-    "offload_params": (("FALSE",), "leave it out: take more processes, or --gradient-checkpointing"),
+    "offload_params": (
+        ("FALSE",),
+        "leave it out: take more processes, --gradient-checkpointing or --offload-optimizer",
+    ),
     "auto_wrap_policy": (("TRANSFORMER_BASED_WRAP",), "leave it out: the units are the model's blocks"),
     "backward_prefetch": (("BACKWARD_PRE",), "take BACKWARD_PRE, which is what fully_shard does"),
     "forward_prefetch": (("FALSE",), "leave it out"),
@@ -110,6 +113,7 @@ DS_ZERO_DROPPED = (
     "load_from_fp32_weights", "elastic_checkpoint",
 )  # fmt: skip
 DS_REPLACED = {"optimizer": "the --adam flags and --use-8bit-adam", "scheduler": "--lr-scheduler"}
+NO_OFFLOADING = "take it out, or take fsdp2, and the trainer's --offload-optimizer"
 PRECISIONS = {"bf16": "bf16", "bfloat16": "bf16", "fp16": "fp16"}
 
 
@@ -122,7 +126,7 @@ def _deepspeed(backend: str, flags: Flags, world: int, environ: Environ) -> Aske
     for name in ("optimizer", "param"):
         device = environ.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{name.upper()}_DEVICE", "none")
         if device != "none":
-            raise UserError(f"--offload_{name}_device {device} is not taken here", "leave it out, or take fsdp2")
+            raise UserError(f"--offload_{name}_device {device} is not taken here", NO_OFFLOADING)
     file, stage = environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"), environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")
     content = read_file(file) if file and file != "none" else {}
     taken, told = from_file(str(file), content, flags, world)
@@ -207,7 +211,7 @@ def _zero(file: str, section: Mapping[str, Any]) -> dict[str, Any]:
         if name in ("offload_optimizer", "offload_param"):
             device = value.get("device", "none") if isinstance(value, dict) else value
             if device not in ("none", "auto", None):
-                raise UserError(f"{file}: {name} to {device} is not taken here", "take it out, or take fsdp2")
+                raise UserError(f"{file}: {name} to {device} is not taken here", NO_OFFLOADING)
         elif name in DS_ZERO_TAKEN:
             taken |= {} if value == "auto" else {name: value}
         elif name not in DS_ZERO_DROPPED:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from train_t2i.engine.state import AVERAGE, Piece
+from train_t2i.engine.state import AVERAGE, Here, Piece, always_here
 
 
 def tensors_of(pieces: Sequence[Piece]) -> list[Tensor]:
@@ -18,16 +18,17 @@ def tensors_of(pieces: Sequence[Piece]) -> list[Tensor]:
 
 
 @torch.no_grad()
-def average(pieces: Sequence[Piece], optimizer: Optimizer, decay: float) -> None:
+def average(pieces: Sequence[Piece], optimizer: Optimizer, decay: float, here: Here = always_here) -> None:
     """ema <- weights + decay (ema - weights); the weights themselves where there is none yet."""
     for tensor in tensors_of(pieces):
         state = optimizer.state[tensor]
         if not state:  # no update has been made; the optimizer makes its state in an empty one alone
             continue
-        if AVERAGE in state:
-            state[AVERAGE].lerp_(tensor, 1 - decay)
-        else:
-            state[AVERAGE] = tensor.detach().clone()
+        with here([tensor], average=True):
+            if AVERAGE in state:
+                state[AVERAGE].lerp_(tensor, 1 - decay)
+            else:
+                state[AVERAGE] = tensor.detach().clone()
 
 
 @contextmanager
@@ -48,6 +49,6 @@ def averaged(pieces: Sequence[Piece], optimizer: Optimizer, refresh: Callable[[]
 @torch.no_grad()
 def _put(values: Sequence[tuple[Tensor, Tensor]], refresh: Callable[[], None]) -> None:
     for tensor, value in values:
-        tensor.copy_(value)
+        tensor.copy_(value, non_blocking=True)  # it may wait on the host: offload.py says why nobody has to
     if values:
         refresh()

@@ -19,6 +19,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from train_t2i.engine.adam import AdamSettings, make_adam
 from train_t2i.engine.asked import check_blocks
+from train_t2i.engine.offload import Offloaded, is_apart
 from train_t2i.engine.state import Piece
 
 
@@ -28,6 +29,7 @@ class Backend(Protocol):
     sharded: bool  # whether a network call needs all processes
     optimizers: dict[str, torch.optim.Optimizer]
     named: dict[str, dict[str, nn.Parameter]]
+    offloaded: dict[str, Offloaded]  # the optimizers whose state waits on the host
 
     def place(self, net: nn.Module, blocks: Sequence[str]) -> None:
         """Put a network on the device; ``blocks`` are the class names of its repeated blocks."""
@@ -73,6 +75,7 @@ class _Plain:
         self.device, self.world = device, world
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         self.named: dict[str, dict[str, nn.Parameter]] = {}
+        self.offloaded: dict[str, Offloaded] = {}
         self.tensors: dict[str, list[nn.Parameter]] = {}
 
     def own(self, parameter: nn.Parameter) -> nn.Parameter:
@@ -87,6 +90,8 @@ class _Plain:
         self.named[role] = named
         self.tensors[role] = [self.own(parameter) for parameter in named.values()]
         self.optimizers[role] = make_adam(dict(zip(named, self.tensors[role], strict=True)), adam)
+        if adam.offload and is_apart(self.device):
+            self.offloaded[role] = Offloaded(self.optimizers[role], self.device)
         return net
 
     def backward(self, role: str, loss: Tensor, scale: float, last: bool) -> None:
@@ -110,7 +115,7 @@ class _Plain:
             torch.nn.utils.clip_grads_with_norm_(self.tensors[role], max_norm, norm)
         optimizer: Any = self.optimizers[role]
         optimizer.found_inf = skipped  # how torch.amp.GradScaler tells a fused optimizer: it reads it on the device
-        optimizer.step()
+        (self.offloaded.get(role) or optimizer).step()
         self.skip(role)
 
     def skip(self, role: str) -> None:

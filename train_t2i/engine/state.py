@@ -6,7 +6,8 @@ whose scales belong to blocks of 256 elements as they lie in memory, is kept as 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +22,13 @@ from train_t2i.errors import UserError
 
 CHUNK_BYTES = 256 << 20  # of one message to the process that writes
 AVERAGE = "ema"  # key of the moving average of the weights among an optimizer's state (average.py)
+# for some of an optimizer's tensors: while it lasts their state is on the device (offload.py)
+Here = Callable[..., AbstractContextManager[None]]
+
+
+def always_here(tensors: Sequence[Tensor], *, average: bool = False) -> AbstractContextManager[None]:
+    """Of state that never leaves the device."""
+    return nullcontext()
 
 
 @dataclass(frozen=True)
@@ -83,8 +91,9 @@ def collect(pieces: Sequence[Piece], optimizer: Optimizer, rank: int, world: int
     if world > 1:
         dist.gather_object(list(own), headers if rank == 0 else None)
     if rank != 0:
+        device = pieces[0].tensor.device  # what waits on the host goes through it, as messages do
         for chunk in _chunks(list(own)):
-            dist.send(torch.cat([_as_bytes(own[message]) for message in chunk]), dst=0)
+            dist.send(torch.cat([_as_bytes(own[message].to(device)) for message in chunk]), dst=0)
         return RoleState()
     assembled = _Assembled()
     for message, tensor in own.items():
@@ -179,9 +188,10 @@ class _Assembled:
 # -- from a checkpoint into the processes ----------------------------------------------------------------------------
 
 
-def distribute(saved: RoleState, pieces: Sequence[Piece], optimizer: Optimizer) -> None:
+def distribute(saved: RoleState, pieces: Sequence[Piece], optimizer: Optimizer, here: Here = always_here) -> None:
     """Put a checkpoint's state into this process's pieces, on whatever backend and number of processes it was made.
 
+    A tensor's at a time, so that no more than one is on the device of those that wait elsewhere.
     Raises UserError for the state of another optimizer.
     """
     if (theirs := saved.values["optimizer"]) != (mine := type(optimizer).__name__):
@@ -196,17 +206,17 @@ def distribute(saved: RoleState, pieces: Sequence[Piece], optimizer: Optimizer) 
     by_tensor: dict[Tensor, list[Piece]] = {}
     for piece in pieces:
         by_tensor.setdefault(piece.tensor, []).append(piece)
-    missing = [tensor for tensor in by_tensor if not optimizer.state.get(tensor)]
-    if missing:
-        create_state(optimizer, missing)
     for tensor, on_it in by_tensor.items():
-        state = optimizer.state[tensor]
-        _load_average(state, tensor, on_it, saved.average)
-        if "segments" in saved.values or quantized.is_quantized(state):
-            quantized.load(state, tensor, on_it, saved.optimizer, saved.values.get("segments", {}))
-        else:
-            _load_whole(state, on_it, saved.optimizer)
-        _set_step(state, saved.values["step"])
+        with here([tensor]), here([tensor], average=True):
+            if not optimizer.state.get(tensor):
+                create_state(optimizer, [tensor])
+            state = optimizer.state[tensor]
+            _load_average(state, tensor, on_it, saved.average)
+            if "segments" in saved.values or quantized.is_quantized(state):
+                quantized.load(state, tensor, on_it, saved.optimizer, saved.values.get("segments", {}))
+            else:
+                _load_whole(state, on_it, saved.optimizer)
+            _set_step(state, saved.values["step"])
 
 
 def _load_average(state: dict[str, Any], tensor: Tensor, pieces: Sequence[Piece], saved: Mapping[str, Tensor]) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from train_t2i.engine.adam import AdamSettings, make_adam
+from train_t2i.engine.offload import Offloaded
 from train_t2i.engine.state import Piece
 from train_t2i.errors import UserError
 
@@ -34,6 +35,7 @@ class ZeRO:
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         self.engines: dict[str, Any] = {}
         self.named: dict[str, dict[str, nn.Parameter]] = {}
+        self.offloaded: dict[str, Offloaded] = {}  # never: see config_checks
 
     def place(self, net: nn.Module, blocks: Sequence[str]) -> None:
         net.to(self.device)

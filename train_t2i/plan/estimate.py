@@ -10,12 +10,14 @@ from dataclasses import dataclass, replace
 from train_t2i.base_quant import BLOCK, CODE_BYTES, SCALE_BYTES
 from train_t2i.config import EDIT_FAMILIES, LAYOUTS, Config, resolved_layout
 from train_t2i.engine import DTYPES
+from train_t2i.engine.offload import SLICE
 from train_t2i.networks import Role
 from train_t2i.plan.rehearsal import ModuleBytes, Rehearsal
 
 GB = 10**9
 CARDS_GB = (24, 48, 80, 141)  # the least of the common cards of each size holds as many GB of 10^9 bytes
 FP32_BYTES = 4
+STEP = " step"  # end of the name of a phase in which moments come to the gradients
 ADAM_BYTES = 8  # two moments in fp32
 ADAM_8BIT_BYTES = 2 + 2 * FP32_BYTES / 256  # and a scale for each block of 256
 # DeepSpeed's defaults, in elements: reduce_bucket_size, stage3_max_live_parameters
@@ -40,6 +42,7 @@ class Plan:
     gathered: int  # what sharding and its messages hold at once
     phases: dict[str, tuple[int, int]]  # name -> (gradients, activations)
     reserve: int
+    host: int = 0  # of the host's memory, pinned
 
     @property
     def kept(self) -> int:
@@ -65,7 +68,7 @@ def estimate(run: Config, found: Rehearsal, world: int) -> Plan:
     share = 1 / world if is_sharded(run, world) else 1.0
     scattered = 1 / world if world > 1 and run.backend != "ddp" else 1.0
     total_trained = sum(found.trained.values())
-    adam = ADAM_8BIT_BYTES if run.use_8bit_adam else ADAM_BYTES
+    moments = int(adam_bytes(run) * total_trained * scattered)
     masters = FP32_BYTES * total_trained * share
     if run.backend == "zero2" and world > 1:  # whole weights, and this process's part once more
         masters += FP32_BYTES * total_trained / world
@@ -74,14 +77,20 @@ def estimate(run: Config, found: Rehearsal, world: int) -> Plan:
     return Plan(
         frozen=int(sum(module.frozen_bytes for module in found.modules.values()) * share),
         trained=int(masters),
-        optimizer=int(adam * total_trained * scattered),
+        optimizer=0 if run.offload_optimizer else moments,
         encoders=0 if run.prompt_cache else found.encoder_bytes,
         vae=found.vae_bytes,
         rewards=found.reward_bytes,
         gathered=gathered_bytes(run, found, world),
         phases=phases,
         reserve=CONTEXT_BYTES + (NETWORK_BYTES if world > 1 else 0) + int(FRAGMENTATION * coming),
+        host=moments if run.offload_optimizer else 0,
     )
+
+
+def adam_bytes(run: Config) -> float:
+    """Of a trained element's two moments."""
+    return ADAM_8BIT_BYTES if run.use_8bit_adam else ADAM_BYTES
 
 
 def gradient_share(run: Config, world: int) -> float:
@@ -106,6 +115,10 @@ def phases_of(run: Config, found: Rehearsal, world: int) -> dict[str, tuple[int,
     if run.backend == "ddp" and world > 1:  # one flat copy of all gradients is averaged
         for role in found.updates:
             split[f"{role} gradient exchange"] = (2 * FP32_BYTES * found.trained[role], 0)
+    if run.offload_optimizer:  # the moments of a slice at a time come to the gradients
+        for role in found.updates:
+            mine = found.trained[role] * gradient_share(run, world)
+            split[role + STEP] = (int(FP32_BYTES * mine), int(adam_bytes(run) * min(mine, SLICE)))
     return split
 
 
@@ -145,6 +158,9 @@ def levers(run: Config, found: Rehearsal, world: int) -> list[Lever]:
         tried.append(("--prompt-cache (no text encoder is loaded)", replace(now, encoders=0)))
     if not run.use_8bit_adam:
         tried.append(("--use-8bit-adam", estimate(replace(run, use_8bit_adam=True), found, world)))
+    if run.backend in ("ddp", "fsdp2"):
+        waits = estimate(replace(run, offload_optimizer=True), found, world)
+        tried.append((f"--offload-optimizer ({waits.host / GB:.2f} GB of the host's memory)", waits))
     if run.batch_size > 1:
         low = 0 if run.mixed_precision == "no" or is_gathered(run, world) else DTYPES[run.mixed_precision].itemsize
         alone = estimate(
@@ -153,7 +169,7 @@ def levers(run: Config, found: Rehearsal, world: int) -> list[Lever]:
         again = f"--batch-size 1 --gradient-accumulation-steps {run.batch_size * run.gradient_accumulation_steps}"
         tried.append((again, alone))
     if run.backend == "ddp" and world > 1 and run.base_quant == "none":  # codes are not shared out
-        for backend in ("zero2", "fsdp2"):
+        for backend in ("fsdp2",) if run.offload_optimizer else ("zero2", "fsdp2"):
             other = replace(run, backend=backend)
             tried.append((f"--backend {backend}", estimate(other, shared_out(found, world), world)))
     if run.lora_rank > 8 and now.trained:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from train_t2i.config import Config
 from train_t2i.engine import DTYPES
-from train_t2i.plan.estimate import ADAM_8BIT_BYTES, ADAM_BYTES, FP32_BYTES, gradient_share
+from train_t2i.plan.estimate import FP32_BYTES, adam_bytes, gradient_share
 from train_t2i.plan.rehearsal import Rehearsal
 
 
@@ -14,7 +14,8 @@ from train_t2i.plan.rehearsal import Rehearsal
 class Floor:
     """Of one step.  ``read``: the weights of each network call, once forward and once backward.
 
-    ``updated``: gradients written and read, masters and moments read and written, once an update.
+    ``updated``: gradients written and read, masters and moments read and written, once an update; moments that wait on the
+    host once more as they come and leave, which is ``bus`` too, in bytes of both directions.
     """
 
     network: dict[str, float]  # phase -> FLOPs of its network calls
@@ -22,6 +23,7 @@ class Floor:
     again: float  # FLOPs that checkpointing makes a second time: no part of the least
     read: float
     updated: float
+    bus: float = 0.0
 
     @property
     def flops(self) -> float:
@@ -33,7 +35,7 @@ class Floor:
 
 
 def floor(run: Config, found: Rehearsal, world: int) -> Floor:
-    network, rest, again, read, updated = {}, 0.0, 0.0, 0.0, 0.0
+    network, rest, again, read, updated, bus = {}, 0.0, 0.0, 0.0, 0.0, 0.0
     for phase, work in found.work.items():
         simulated = found.simulation if phase == "rollout" else None
         times = run.gradient_accumulation_steps * (simulated.mean if simulated else found.times[phase])
@@ -41,10 +43,12 @@ def floor(run: Config, found: Rehearsal, world: int) -> Floor:
         rest, again = rest + times * work.rest, again + times * work.again
         for call in work.calls:
             read += times * (2 if call.builds_graph else 1) * weight_bytes(run, found, call.module)
-    moments = ADAM_8BIT_BYTES if run.use_8bit_adam else ADAM_BYTES
     for role, count in found.trained.items():
-        updated += found.times[role] * count * gradient_share(run, world) * (4 * FP32_BYTES + 2 * moments)
-    return Floor(network, rest, again, read, updated)
+        elements = found.times[role] * count * gradient_share(run, world)
+        moved = 2 * adam_bytes(run) * elements
+        bus += moved if run.offload_optimizer else 0.0
+        updated += elements * 4 * FP32_BYTES + moved
+    return Floor(network, rest, again, read, updated + bus, bus)
 
 
 def weight_bytes(run: Config, found: Rehearsal, module: str) -> float:

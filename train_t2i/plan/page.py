@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from train_t2i.config import Config
-from train_t2i.plan.estimate import CARDS_GB, CONTEXT_BYTES, FRAGMENTATION, GB, NETWORK_BYTES, Lever, Plan
+from train_t2i.plan.estimate import CARDS_GB, CONTEXT_BYTES, FRAGMENTATION, GB, NETWORK_BYTES, STEP, Lever, Plan
 from train_t2i.plan.floor import CARDS, NAMED, Floor, least_seconds
 from train_t2i.plan.rehearsal import Rehearsal
 
@@ -32,6 +32,7 @@ def page(name: str, run: Config, layout: str, world: int, found: Rehearsal, plan
         f"trained parameters: {trained}",
         "GB (10^9 bytes) on each device:",
         *table(plan),
+        *([f"{gb(plan.host)}  of the host's memory, pinned: optimizer"] if plan.host else []),
         verdict(plan),
     ]
     return lines + [f"stated elsewhere: {line}" for line in STATED.get(name, ())]
@@ -43,8 +44,9 @@ def table(plan: Plan) -> list[str]:
         ("text encoders", plan.encoders), ("VAE", plan.vae), ("reward towers", plan.rewards),
         ("gathered weights, buckets", plan.gathered),
     ]  # fmt: skip
-    gradients, activations = plan.phases[plan.worst]
-    rows += [(f"gradients, {plan.worst}", gradients), (f"activations, {plan.worst}", activations)]
+    gradients, rest = plan.phases[plan.worst]
+    what = "moments" if plan.worst.endswith(STEP) else "activations"
+    rows += [(f"gradients, {plan.worst}", gradients), (f"{what}, {plan.worst}", rest)]
     told = f"reserve, an estimate ({CONTEXT_BYTES / GB:g} context, {NETWORK_BYTES / GB:g} NCCL, {FRAGMENTATION:.0%} fragments)"
     rows += [(told, plan.reserve), ("sum", plan.total)]
     others = [
@@ -74,6 +76,10 @@ def told_floor(run: Config, least: Floor) -> list[str]:
         f"{gb(least.read)}  weights, read once by each call, forward and backward",
         f"{gb(least.updated)}  gradients, masters and moments of its updates",
     ]
+    if least.bus:
+        lines.append(
+            f"and, for --offload-optimizer, {gb(least.bus).strip()} GB between the host's memory and its own (in no time below)"
+        )
     if run.mixed_precision != "no":
         seconds = ", ".join(f"{name} {least_seconds(least, CARDS[name]):.3g}" for name in NAMED)
         lines.append(f"which takes, at the rates that NVIDIA states, no less than (s): {seconds}")
