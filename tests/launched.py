@@ -168,6 +168,41 @@ def _zero_file(stage: int) -> Callable[[int], Any]:
     return _asked(ACCELERATE_USE_DEEPSPEED="true", ACCELERATE_DEEPSPEED_CONFIG_FILE=str(file))
 
 
+@contextmanager
+def _compiled(rank: int) -> Iterator[None]:
+    """Blocks pass torch's compiler up to its making of code, which takes seconds; to compile after the third tick is an error.
+
+    A step is two ticks, and what is sampled after it is drawn with another graph than its update.
+    """
+    import torch
+    from torch._dynamo.utils import counters
+
+    from train_t2i.compiled import compile_blocks
+    from train_t2i.log import RunLog
+    from train_t2i.networks import Networks
+
+    end_tick: Callable[..., None] = RunLog.end_tick
+    ticks = iter(range(1, 1000))
+
+    def ended(self: RunLog, *arguments: Any) -> None:
+        end_tick(self, *arguments)
+        torch._dynamo.config.error_on_recompile = next(ticks) > 2
+
+    def compiled(self: Networks) -> None:
+        compile_blocks(self.modules.values(), self.family.block_names, "aot_eager")
+
+    torch._dynamo.reset()
+    counters.clear()
+    with (
+        torch._dynamo.config.patch(error_on_recompile=False),
+        mock.patch.object(RunLog, "end_tick", ended),
+        mock.patch.object(Networks, "compile", compiled),
+    ):
+        yield
+    print("GRAPHS", dict(counters["stats"]), dict(counters["graph_break"]))
+    assert counters["stats"]["unique_graphs"]
+
+
 class Traffic:
     """What goes through torch.distributed, by the whole tensor of each call: what is reduced, and what is gathered."""
 
@@ -216,6 +251,7 @@ FAULTS = {
     "saved_again": _saved_again,
     "counted": _counted,
     "apart": _apart,
+    "compiled": _compiled,
     "zero_stage2_file": _zero_file(2),
     "zero_stage3_file": _zero_file(3),
     "fsdp_flags": _asked(

@@ -178,14 +178,54 @@ def test_what_becomes_of_a_row_is_its_result(arguments, in_this_process, monkeyp
     assert not (tmp_path / "new" / "out.png").exists()
 
 
+FIGURES = {
+    "seconds_step": 2.0, "seconds_of_a_step": {"rollout": 0.5, "generator_update": 1.4}, "images_per_second": 10,
+    "share_outside_network_calls": 0.05, "peak_memory_gib": 20.0, "network_flops_step": 8e14,
+    "network_flops_per_second": 4e14, "model_flop_utilisation": 0.404, "device": "a card",
+}  # fmt: skip
+
+
+def test_append_measures_what_has_no_figures_yet(arguments, in_this_process, monkeypatch, tmp_path, capsys):
+    """A row that was refused or failed is measured again, in place of what it said; so is one of other settings."""
+    asked: list[tuple[str, bool]] = []
+
+    def measured(config: BenchmarkConfig, row: Row):
+        asked.append((row.layout, row.checkpointing))
+        if row.layout == "paired" and len(asked) <= 4:
+            raise ValueError("no such thing")
+        return FIGURES
+
+    monkeypatch.setattr("train_t2i.benchmark.step.measure", measured)
+    benchmark = ["benchmark", *arguments, "--layouts", "shared,paired", "--append"]
+    assert main(benchmark) == 0
+    everything = [("shared", False), ("shared", True), ("paired", False), ("paired", True)]
+    assert asked == everything
+    assert "skipped" not in capsys.readouterr().err
+    assert main(benchmark) == 0
+    assert asked[4:] == [("paired", False), ("paired", True)]
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if "skipped" in line)
+    assert line.startswith(f"skipped, as {tmp_path / 'new' / 'out.json'} has their figures (of a card): ")
+    assert line.endswith("shared ddp no not checkpointed, sdxl shared ddp no checkpointed")
+    rows = json.loads((tmp_path / "new" / "out.json").read_text())["rows"]
+    assert [(row["layout"], row["gradient_checkpointing"]) for row in rows] == everything
+    assert all("failed" not in row for row in rows)
+    assert main(benchmark) == 0
+    assert len(asked) == 6
+    others = ["--lora-rank 4", "--steps 1", "--batch-size 3"]
+    others += [f"--clip-reward-model {more}" for more in ("a", "b", f"b --tiny-vae {tmp_path}")]
+    for more in others:
+        assert main([*benchmark, *more.split()]) == 0, more
+        assert asked[-4:] == everything
+        del asked[-4:]
+        assert len(asked) == 6
+    assert len(json.loads((tmp_path / "new" / "out.json").read_text())["rows"]) == 7 * 4
+
+
 def told_row(**more):
     row = Row("sdxl").told() | {
         "num_processes": 1, "batch_size": 4, "resolution": "1024", "sample_num_steps": 1, "ratio_update": 5, "rewards": 0,
-        "seconds_step": 2.0, "seconds_of_a_step": {"rollout": 0.5, "generator_update": 1.4}, "images_per_second": 10,
-        "share_outside_network_calls": 0.05, "peak_memory_gib": 20.0, "network_flops_step": 8e14,
-        "network_flops_per_second": 4e14, "model_flop_utilisation": 0.404, "device": "a card",
     }  # fmt: skip
-    return row | more
+    return row | FIGURES | more
 
 
 def test_a_table_tells_rows_apart_and_sets_ours_beside_the_published():

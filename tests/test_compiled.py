@@ -6,6 +6,7 @@ import copy
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -18,7 +19,7 @@ from torch._dynamo.utils import counters
 from train_t2i import compiled, on_host
 from train_t2i.__main__ import main
 from train_t2i.build import check_started
-from train_t2i.config import Config, DMDRConfig, Settings
+from train_t2i.config import BASE_QUANTS, Config, DMDRConfig, Settings
 from train_t2i.errors import UserError
 from train_t2i.families import Family, load_family
 from train_t2i.methods import METHODS, Batch, Setting
@@ -48,7 +49,7 @@ def families(folders: dict[str, Path]) -> dict[str, Family]:
     return {name: load_family("auto", str(folder)) for name, folder in folders.items()}
 
 
-def build(family: Family, layout: str, backend: str | None, **options: bool) -> tuple[Networks, object]:
+def build(family: Family, layout: str, backend: str | None, **options: Any) -> tuple[Networks, object]:
     """Networks with adapters that do something, and DMDR of four steps on them, its teacher's scale falling."""
     networks = tiny.networks(family, layout, **options)
     for net in networks.modules.values():
@@ -87,7 +88,7 @@ def assert_near(found: dict[str, Tensor], expected: dict[str, Tensor], apart: fl
         assert float((found[name] - value).norm() / value.norm()) < apart, name
 
 
-def assert_whole_ticks_equal(family: Family, layout: str, options: dict[str, bool], backend: str = "aot_eager") -> None:
+def assert_whole_ticks_equal(family: Family, layout: str, backend: str = "aot_eager", **options: Any) -> None:
     """Nothing is compiled after the first step, although levels, rows and the teacher's scale differ in each tick."""
     plain, fast = (build(family, layout, b, **options) for b in (None, backend))
     for number in range(RATIO):
@@ -119,7 +120,38 @@ def assert_whole_ticks_equal(family: Family, layout: str, options: dict[str, boo
 )
 def test_whole_ticks_compile_once_a_role(families, name, layout, options, monkeypatch):
     monkeypatch.setattr(on_host, "SMALL_BYTES", 0)  # where anything is kept on the host, everything is
-    assert_whole_ticks_equal(families[name], layout, options)
+    assert_whole_ticks_equal(families[name], layout, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize("kind", BASE_QUANTS)
+def test_whole_ticks_on_codes_compile_once_a_role(families, kind):
+    pytest.importorskip("bitsandbytes")
+    assert_whole_ticks_equal(families["sd3"], "shared", base_quant=kind)
+
+
+@pytest.mark.parametrize("kind", BASE_QUANTS)
+def test_compiled_code_keeps_no_weight_that_codes_stand_for(families, kind):
+    """As uncompiled: what is kept for backward is as many bytes."""
+    pytest.importorskip("bitsandbytes")
+
+    def kept(backend: str | None) -> int:
+        networks, method = build(families["sd3"], "shared", backend, base_quant=kind)
+        cond = method.setting.family.encode(PROMPTS[:2], "")
+        x, t = torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([0.3, 0.7])
+        mine = {
+            tensor.data_ptr() for net in networks.modules.values() for tensor in (*net.parameters(), *net.buffers())
+        }
+        found: dict[int, int] = {}
+        keep = torch.autograd.graph.saved_tensors_hooks(
+            lambda s: found.update({s.data_ptr(): s.nbytes}) or s, lambda s: s
+        )
+        with networks.updating("generator"), keep:
+            networks.predict("generator", x, t, cond).square().mean().backward()
+        return sum(size for place, size in found.items() if place not in mine)
+
+    assert kept("aot_eager") <= kept(None)
 
 
 def test_names_and_copies_are_those_of_plain_networks(families):
@@ -185,9 +217,8 @@ def test_what_cannot_be_compiled_is_refused_by_name(monkeypatch):
     for backend in ("zero2", "zero3"):
         with pytest.raises(UserError, match=f"--compile blocks does not go with --backend {backend}"):
             check_started(settings(), backend, CPU)
-    with pytest.raises(UserError, match="--compile blocks does not go with --base-quant int8"):
-        check_started(settings(base_quant="int8"), "ddp", CPU)
     check_started(settings(), "fsdp2", CPU)
+    check_started(settings(base_quant="int8"), "ddp", CPU)
     with monkeypatch.context() as patched:
         patched.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
         with pytest.raises(UserError, match=r"needs a C\+\+ compiler"):

@@ -304,10 +304,12 @@ def test_a_run_is_held_against_what_the_machine_has(monkeypatch):
     assert found(2, [7 * gb, 8 * gb], 0) == []
     assert found(2, [7 * gb, 6 * gb], 0) == ["needs 7.0 GB on each GPU, and 6.0 GB are free on one of them"]
     assert found(2, [7 * gb], 0) == ["2 processes, and 1 GPUs here"]
-    plan = replace(plan, host=3 * gb)
+    plan = replace(plan, host={"optimizer": 2 * gb, "activations": gb})
     assert found(2, [7 * gb, 8 * gb], 6 * gb) == []
-    assert found(2, [7 * gb, 8 * gb], 5 * gb) == ["--offload-optimizer keeps 6.0 GB here, and 5.0 GB are available"]
-    plan = replace(plan, host=0)
+    assert found(2, [7 * gb, 8 * gb], 5 * gb) == [
+        "optimizer and activations that wait on the host take 6.0 GB, and 5.0 GB are available"
+    ]
+    plan = replace(plan, host={})
     assert found(2, [], 10 * gb) == []  # without the reserve of a GPU
     assert found(2, [], 9 * gb) == ["needs 7.0 GB on each device; no GPU is here, and 9.0 GB of memory"]
 

@@ -17,7 +17,7 @@ from train_t2i import on_host
 from train_t2i.families import Family, load_family
 from train_t2i.networks import Networks
 from train_t2i.on_host import KeptOnHost
-from train_t2i.plan.ledger import Ledger, elsewhere
+from train_t2i.plan.ledger import Elsewhere, Ledger
 
 PROMPTS = ["a red circle", "a blue square"]
 
@@ -114,7 +114,8 @@ def test_the_ledger_counts_what_stays_on_the_device(rows: int, monkeypatch) -> N
     width, count = 1024, 8
     with torch.device("meta"):
         net, x = Blocks(count, width).requires_grad_(False), torch.empty(rows, width, requires_grad=True)
-    monkeypatch.setattr(on_host, "to_host", elsewhere)
+    elsewhere = Elsewhere()
+    monkeypatch.setattr(on_host, "to_host", elsewhere.hooks)
 
     def peak(inside: Callable[[], saved_tensors_hooks] | None) -> int:
         x.grad = None
@@ -130,3 +131,4 @@ def test_the_ledger_counts_what_stays_on_the_device(rows: int, monkeypatch) -> N
     kept = rows * width * 4
     forward = peak(None) - peak(lambda: KeptOnHost(net))
     assert forward == pytest.approx((count - 2) * kept, abs=2 * kept)
+    assert elsewhere.bytes == count * kept

@@ -42,7 +42,8 @@ STANDS_FOR = {
     "scripts/benchmark.sh": "scripts/benchmark.sh --steps 1 --ratio-update 1",
     "--layouts shared,paired --mixed-precision no,bf16": "--layouts shared --mixed-precision no --batch-size 2",
     "checkpoints/tiny-sd3,checkpoints/tiny-flux": "{checkpoints}/tiny-flux --batch-size 2",
-    "--backends ddp,fsdp2": "--backends fsdp2",
+    "--layouts shared --checkpointing off,on": "--layouts shared --checkpointing on",
+    "--backends ddp,fsdp2": "--backends fsdp2 --checkpointing off",
     "scripts/chaos.sh": "scripts/chaos.sh --kills 1",
     "--kills 20": "--kills 1",
     # machines and processes: one on this one (several: tests/launched.py; by SSH: tests/launch/test_launch_ssh.py)

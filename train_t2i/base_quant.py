@@ -54,6 +54,9 @@ class QuantizedLinear(nn.Linear):
     It is an ``nn.Linear`` so that peft puts its LoRA beside it; ``in_features`` and ``out_features`` say its true shape.
     """
 
+    scales: Tensor
+    codebook: Tensor
+
     def __init__(self, plain: nn.Linear, kind: str) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.kind = plain.in_features, plain.out_features, kind
@@ -71,14 +74,8 @@ class QuantizedLinear(nn.Linear):
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """(out, in): the weight that the codes stand for."""
-        functions = library()
-        shape = torch.Size((self.out_features, self.in_features))
-        state = functions.QuantState(
-            absmax=self.scales, shape=shape, code=self.codebook, blocksize=BLOCK[self.kind], quant_type=self.kind, dtype=dtype
-        )  # fmt: skip
-        if self.kind == "nf4":
-            return functions.dequantize_4bit(self.weight, state)
-        return functions.dequantize_blockwise(self.weight, state)
+        shape = (self.out_features, self.in_features)
+        return _dense(self.weight, self.scales, self.codebook, self.kind, shape, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out), in autocast's format where it is on."""
@@ -91,6 +88,16 @@ class QuantizedLinear(nn.Linear):
         return f"{super().extra_repr()}, kind={self.kind}"
 
 
+def _dense(
+    codes: Tensor, scales: Tensor, codebook: Tensor, kind: str, shape: Sequence[int], dtype: torch.dtype
+) -> Tensor:
+    functions = library()
+    state = functions.QuantState(
+        absmax=scales, shape=torch.Size(shape), code=codebook, blocksize=BLOCK[kind], quant_type=kind, dtype=dtype
+    )
+    return functions.dequantize_4bit(codes, state) if kind == "nf4" else functions.dequantize_blockwise(codes, state)
+
+
 class _Product(torch.autograd.Function):
     """x W' + b, whose backward makes W anew: g W."""
 
@@ -98,12 +105,38 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, layer: QuantizedLinear) -> Tensor:
         ctx.layer = layer
         bias = None if layer.bias is None else layer.bias.to(x.dtype)
+        if torch.compiler.is_compiling():
+            product = _whole(x, layer, backward=False)
+            return product if bias is None else product + bias
         return F.linear(x, layer.dense(x.dtype), bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        if torch.compiler.is_compiling():
+            return _whole(gradient, ctx.layer, backward=True), None
         return gradient @ ctx.layer.dense(gradient.dtype), None
+
+
+def _whole(x: Tensor, layer: QuantizedLinear, *, backward: bool) -> Tensor:
+    shape = [layer.out_features, layer.in_features]
+    return _times_codes(x, layer.weight, layer.scales, layer.codebook, layer.kind, shape, backward)
+
+
+@torch.library.custom_op("train_t2i::times_codes", mutates_args=())
+def _times_codes(
+    x: Tensor, codes: Tensor, scales: Tensor, codebook: Tensor, kind: str, shape: list[int], backward: bool
+) -> Tensor:
+    """x W', or g W, as one operation: a compiler that saw W made twice would keep the first for the second."""
+    weight = _dense(codes, scales, codebook, kind, shape, x.dtype)
+    return x @ (weight if backward else weight.mT)
+
+
+@_times_codes.register_fake
+def _(
+    x: Tensor, codes: Tensor, scales: Tensor, codebook: Tensor, kind: str, shape: list[int], backward: bool
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], shape[1 if backward else 0]))
 
 
 def quantized_layers(net: nn.Module, block_names: Sequence[str]) -> list[str]:

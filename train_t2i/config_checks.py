@@ -94,12 +94,6 @@ def check_backend(settings: Settings, backend: str) -> None:
             "compiled code's back",
             "use --backend ddp or fsdp2",
         )
-    if settings.run.compile != "off" and base_quant != "none":
-        raise UserError(
-            f"--compile {settings.run.compile} does not go with --base-quant {base_quant}: the products of codes are made "
-            "by bitsandbytes, not by torch",
-            "give one",
-        )
     if backend == "zero3" and isinstance(settings.method, DirectConfig) and settings.method.step_checkpointing:
         raise UserError(
             "--step-checkpointing does not go with --backend zero3: weights are given up between forward and backward",

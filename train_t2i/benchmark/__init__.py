@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from train_t2i.benchmark.rows import CHECKPOINTING, Row, combinations
+from train_t2i.benchmark.rows import CHECKPOINTING, Row, combinations, row_words, still_to_measure
 from train_t2i.cli import parse_verb
 from train_t2i.config import LAYOUTS, Config, DMDRConfig, Settings, flag
 from train_t2i.config_checks import check
@@ -74,7 +75,7 @@ class BenchmarkConfig:
     )
     steps: int = flag(3, "generator steps that are timed, after one that is not", low=1)
     row_limit_s: float = flag(0.0, "seconds after which a row is given up; 0: never", low=0)
-    append: bool = flag(False, "keep the rows that --out has from before")
+    append: bool = flag(False, "keep the rows that --out has from before; those with figures are not measured again")
     out: str | None = flag(
         None, "JSON file to write; with rows of --part step a table (.md) and a picture (.png, .pdf) too"
     )
@@ -142,6 +143,15 @@ def kept(config: BenchmarkConfig) -> list[dict[str, Any]]:
         ) from None
 
 
+def say_skipped(config: BenchmarkConfig, skipped: Sequence[dict[str, Any]]) -> None:
+    """One line on what is not measured again, and on what it was measured."""
+    if not skipped:
+        return
+    shown = ", ".join(row_words(row) for row in skipped)
+    devices = " and ".join(sorted({str(row["device"]) for row in skipped}))
+    print(f"skipped, as {config.out} has their figures (of {devices}): {shown}", file=sys.stderr)
+
+
 def check_benchmark(config: BenchmarkConfig) -> list[Row]:
     """All that can be known before the first model is loaded; the rows."""
     import torch
@@ -188,10 +198,11 @@ def rows_of(config: BenchmarkConfig, rows: Sequence[Row]) -> Iterator[dict[str, 
 
 def main(arguments: Sequence[str]) -> int:
     config = parse_verb(BenchmarkConfig, "benchmark", arguments)
-    wanted = check_benchmark(config)
-    rows = kept(config)
+    wanted, rows = check_benchmark(config), kept(config)
+    wanted, rows, skipped = still_to_measure(config, wanted, rows)
+    say_skipped(config, skipped)
     write(config, rows)
-    for row in rows_of(config, wanted):
+    for row in rows_of(config, wanted) if wanted else ():
         rows.append(row)
         print(json.dumps(row), flush=True)
         write(config, rows)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 from train_t2i.config import LAYOUTS
@@ -68,6 +69,44 @@ def combinations(config: Any) -> list[Row]:
         chosen("--schedules", config.schedules, SCHEDULES),
     )
     return [Row(*combination) for combination in itertools.product(*axes)]
+
+
+def told(config: Any, row: Row) -> dict[str, Any]:
+    """Everything that decides a row's figures but the machine: two rows that say the same are one."""
+    reward_models = [m for m in (config.clip_reward_model, config.hpsv2_reward_model) if m is not None]
+    if config.random_rewards:
+        reward_models = ["random", "random"]
+    return row.told() | {
+        "num_processes": config.num_processes, "batch_size": config.batch_size, "resolution": config.resolution,
+        "sample_num_steps": config.sample_num_steps, "ratio_update": config.ratio_update, "rewards": len(reward_models),
+        "reward_models": reward_models, "tiny_vae": config.tiny_vae, "lora_rank": config.lora_rank, "steps": config.steps,
+    }  # fmt: skip
+
+
+def row_words(row: dict[str, Any]) -> str:
+    """A row in a few words: those of the comma lists."""
+    named = [Path(row["model"]).name, row["layout"], row["backend"], row["mixed_precision"]]
+    way = row["gradient_checkpointing"]
+    named.append(f"checkpointed ({way})" if isinstance(way, str) else "checkpointed" if way else "not checkpointed")
+    named += ["compiled"] if row["compile"] != "off" else []
+    return " ".join(named + (["published"] if row["schedule"] == "published" else []))
+
+
+def still_to_measure(
+    config: Any, wanted: Sequence[Row], kept: Sequence[dict[str, Any]]
+) -> tuple[list[Row], list[dict[str, Any]], list[dict[str, Any]]]:
+    """(the wanted rows whose figures ``kept`` lacks, the kept rows without what these have been before, those skipped)."""
+    left, others, skipped = [], [*kept], []
+    for row in wanted:
+        settings = told(config, row)
+        same = [other for other in others if all(other.get(key) == value for key, value in settings.items())]
+        figures = [other for other in same if other.keys().isdisjoint(WITHOUT_FIGURES)]
+        if figures:
+            skipped.append(figures[-1])
+        else:
+            left.append(row)
+            others = [other for other in others if other not in same]
+    return left, others, skipped
 
 
 def fresh(call: Callable[..., Any], given: Sequence[Any], processes: int, limit_s: float) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import torch
 
 from train_t2i import build, reward_terms
 from train_t2i.benchmark import BenchmarkConfig, settings_of
-from train_t2i.benchmark.rows import Row, fresh
+from train_t2i.benchmark.rows import Row, fresh, told
 from train_t2i.compiled import check_compiler
 from train_t2i.engine import AdamSettings, Engine, Flags
 from train_t2i.families import family_of
@@ -166,18 +166,13 @@ def measure(config: BenchmarkConfig, row: Row) -> dict[str, Any]:
 
 
 def rows(config: BenchmarkConfig, wanted: Sequence[Row]) -> Iterator[dict[str, Any]]:
-    if config.random_rewards:
-        config = with_random_rewards(config)
+    given, config = config, with_random_rewards(config) if config.random_rewards else config
     for row in wanted:
-        told = row.told() | {
-            "num_processes": config.num_processes, "batch_size": config.batch_size, "resolution": config.resolution,
-            "sample_num_steps": config.sample_num_steps, "ratio_update": config.ratio_update,
-            "rewards": bool(config.clip_reward_model) + bool(config.hpsv2_reward_model),
-        }  # fmt: skip
+        settings = told(given, row)
         if config.num_processes == 1 and row.backend != "ddp":
-            yield told | {"refused": f"{row.backend} with one process is plain training (give --num-processes)"}
+            yield settings | {"refused": f"{row.backend} with one process is plain training (give --num-processes)"}
             continue
-        yield told | fresh(measure, (config, row), config.num_processes, config.row_limit_s)
+        yield settings | fresh(measure, (config, row), config.num_processes, config.row_limit_s)
 
 
 def with_random_rewards(config: BenchmarkConfig) -> BenchmarkConfig:

@@ -155,11 +155,13 @@ def fits(run: Config, world: int, taken: Plan) -> Iterator[Finding]:
         short = f"needs {machine.gb(taken.total)} on each GPU, and {machine.gb(min(free))} are free on one of them"
         yield Finding("devices", short, less)
     available = machine.memory_bytes()[1]
-    waiting = taken.host * min(world, len(free))
+    host = sum(taken.host.values())
+    waiting = host * min(world, len(free))
     if waiting > available:
-        short = f"--offload-optimizer keeps {machine.gb(waiting)} here, and {machine.gb(available)} are available"
-        yield Finding("memory", short, "leave it out, or take --use-8bit-adam")
-    needed = (taken.total - taken.reserve + taken.host) * world
+        what = " and ".join(taken.host)
+        short = f"{what} that wait on the host take {machine.gb(waiting)}, and {machine.gb(available)} are available"
+        yield Finding("memory", short, "leave out --offload-optimizer or --gradient-checkpointing host")
+    needed = (taken.total - taken.reserve + host) * world
     if not free and needed > available:
         short = f"needs {machine.gb(taken.total)} on each device; no GPU is here, and {machine.gb(available)} of memory"
         yield Finding("devices", short, "run it where the GPUs are: the plan is for one like them")

@@ -5,7 +5,7 @@ W processes, T trained elements of a role, P elements of a network.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from train_t2i.base_quant import BLOCK, CODE_BYTES, SCALE_BYTES
 from train_t2i.config import EDIT_FAMILIES, LAYOUTS, Config, resolved_layout
@@ -42,7 +42,7 @@ class Plan:
     gathered: int  # what sharding and its messages hold at once
     phases: dict[str, tuple[int, int]]  # name -> (gradients, activations)
     reserve: int
-    host: int = 0  # of the host's memory, pinned
+    host: dict[str, int] = field(default_factory=dict)  # of the host's memory, pinned, by what it is for
 
     @property
     def kept(self) -> int:
@@ -84,8 +84,14 @@ def estimate(run: Config, found: Rehearsal, world: int) -> Plan:
         gathered=gathered_bytes(run, found, world),
         phases=phases,
         reserve=CONTEXT_BYTES + (NETWORK_BYTES if world > 1 else 0) + int(FRAGMENTATION * coming),
-        host=moments if run.offload_optimizer else 0,
+        host=waiting_bytes(run, found, moments),
     )
+
+
+def waiting_bytes(run: Config, found: Rehearsal, moments: int) -> dict[str, int]:
+    """In the host's memory, by what it is; nothing that is not there."""
+    waits = {"optimizer": moments if run.offload_optimizer else 0, "activations": found.waiting_bytes}
+    return {name: size for name, size in waits.items() if size}
 
 
 def adam_bytes(run: Config) -> float:
@@ -160,7 +166,7 @@ def levers(run: Config, found: Rehearsal, world: int) -> list[Lever]:
         tried.append(("--use-8bit-adam", estimate(replace(run, use_8bit_adam=True), found, world)))
     if run.backend in ("ddp", "fsdp2"):
         waits = estimate(replace(run, offload_optimizer=True), found, world)
-        tried.append((f"--offload-optimizer ({waits.host / GB:.2f} GB of the host's memory)", waits))
+        tried.append((f"--offload-optimizer ({waits.host['optimizer'] / GB:.2f} GB of the host's memory)", waits))
     if run.batch_size > 1:
         low = 0 if run.mixed_precision == "no" or is_gathered(run, world) else DTYPES[run.mixed_precision].itemsize
         alone = estimate(

@@ -147,12 +147,21 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: 
     return Flash.apply(query, key, value)
 
 
-def elsewhere() -> saved_tensors_hooks:
-    """Tensors kept for backward take no memory of the device until they are asked for."""
-    return saved_tensors_hooks(
-        lambda tensor: (tensor.shape, tensor.stride(), tensor.dtype),
-        lambda told: torch.empty_strided(*told[:2], dtype=told[2], device="meta"),
-    )
+class Elsewhere:
+    """Tensors that are kept for backward take no memory of the device until they are asked for; ``bytes`` went so far."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+
+    def hooks(self) -> saved_tensors_hooks:
+        def pack(tensor: Tensor) -> tuple[Any, ...]:
+            self.bytes += tensor.nbytes
+            return tensor.shape, tensor.stride(), tensor.dtype
+
+        def unpack(told: tuple[Any, ...]) -> Tensor:
+            return torch.empty_strided(*told[:2], dtype=told[2], device="meta")
+
+        return saved_tensors_hooks(pack, unpack)
 
 
 class _Casts:

@@ -32,7 +32,7 @@ def page(name: str, run: Config, layout: str, world: int, found: Rehearsal, plan
         f"trained parameters: {trained}",
         "GB (10^9 bytes) on each device:",
         *table(plan),
-        *([f"{gb(plan.host)}  of the host's memory, pinned: optimizer"] if plan.host else []),
+        *(f"{gb(size)}  of the host's memory, pinned: {name}" for name, size in plan.host.items()),
         verdict(plan),
     ]
     return lines + [f"stated elsewhere: {line}" for line in STATED.get(name, ())]

@@ -23,7 +23,7 @@ from train_t2i.families.published import Published
 from train_t2i.methods import METHODS
 from train_t2i.methods.base import Batch, Clock, RewardTerm
 from train_t2i.networks import Networks, Role
-from train_t2i.plan.ledger import Ledger, Peak, elsewhere, like_a_gpu, replaced
+from train_t2i.plan.ledger import Elsewhere, Ledger, Peak, like_a_gpu, replaced
 from train_t2i.plan.model import META, empty_family
 from train_t2i.plan.work import Counter, Work
 from train_t2i.reward_flags import monitor_paths
@@ -75,6 +75,7 @@ class Rehearsal:
     work: dict[str, Work] = field(default_factory=dict)  # "rollout" and each role: what a micro-batch computes
     times: dict[str, int] = field(default_factory=dict)  # how often each is in a step
     simulation: Simulation | None = None  # where the rollout is one: its work is then that of a single call
+    waiting_bytes: int = 0  # in the host's memory: the most that an update's networks keep there
 
 
 def rehearse(settings: Settings, found: Published, *, gradient_share: float, gathered: bool) -> Rehearsal:
@@ -84,7 +85,8 @@ def rehearse(settings: Settings, found: Published, *, gradient_share: float, gat
     shapes = empty_family(found, run, dtype)
     with ExitStack() as stack:
         call = stack.enter_context(like_a_gpu())
-        stack.enter_context(replaced(on_host, "to_host", elsewhere))
+        elsewhere = Elsewhere()
+        stack.enter_context(replaced(on_host, "to_host", elsewhere.hooks))
         autocast = nullcontext if dtype == torch.float32 else partial(call, dtype)
         networks = empty_networks(settings, shapes.family, dtype, autocast)
         modules = {name: module_bytes(net, networks, name, dtype) for name, net in networks.modules.items()}
@@ -95,14 +97,14 @@ def rehearse(settings: Settings, found: Published, *, gradient_share: float, gat
         terms, watched = empty_rewards(settings, dtype)
         method = build.build_method(settings, networks, META, terms)
         with Counter(shapes.family, networks.modules) as counter:
-            rollout, updates, work = tick(settings, networks, method, gradient_share, counter)
+            rollout, updates, work, waiting = tick(settings, networks, method, gradient_share, counter, elsewhere)
         sheet = draw_sheet(settings, networks)
     family = shapes.family
     coders = [part for part in (family.vae, family.tiny) if part is not None]
     towers = [tower_of(term.score).model for term in terms] + [tower.model for tower in watched]
     return Rehearsal(
         modules, trained, shapes.num_encoder_parameters * dtype.itemsize, sum(map(weight_bytes, coders)),
-        sum(map(weight_bytes, towers)), rollout, updates, sheet, work, times_in_a_step(settings, method), simulation(settings),
+        sum(map(weight_bytes, towers)), rollout, updates, sheet, work, times_in_a_step(settings, method), simulation(settings), waiting,
     )  # fmt: skip
 
 
@@ -238,9 +240,9 @@ def one_call(settings: Settings, networks: Networks, batch: Batch, counter: Coun
 
 
 def tick(
-    settings: Settings, networks: Networks, method: Any, gradient_share: float, counter: Counter
-) -> tuple[Peak, dict[Role, Peak], dict[str, Work]]:
-    """Peaks and FLOPs of the rollout and of each role's update.
+    settings: Settings, networks: Networks, method: Any, gradient_share: float, counter: Counter, elsewhere: Elsewhere
+) -> tuple[Peak, dict[Role, Peak], dict[str, Work], int]:
+    """Peaks and FLOPs of the rollout and of each role's update, and the most that an update keeps elsewhere.
 
     With several micro-batches an update's gradients are there from the start of the last.
     """
@@ -248,19 +250,22 @@ def tick(
     with Ledger() as ledger:
         rollout = method.rollout(batch, clock)
     updates: dict[Role, Peak] = {}
+    waiting = 0
     simulates = isinstance(settings.method, DMDRConfig)
     work = {"rollout": one_call(settings, networks, batch, counter) if simulates else counter.take()}
     for role in method.roles_at(clock):
         parameters = networks.parameters(role)
         micro_batches = run.gradient_accumulation_steps * method.parts
+        before = elsewhere.bytes
         with Ledger(parameters, gradient_share, held=micro_batches > 1) as update, networks.updating(role):
             for loss, _ in method.losses(role, rollout, clock):
                 torch.autograd.backward(loss)
                 del loss
         updates[role], work[role] = update.peak, counter.take()
+        waiting = max(waiting, (elsewhere.bytes - before) // method.parts)  # each part's own backward ends it
         for parameter in parameters:
             parameter.grad = None
-    return ledger.peak, updates, work
+    return ledger.peak, updates, work, waiting
 
 
 @torch.no_grad()
