@@ -15,9 +15,11 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 COMMON = "--use-lora-gen --gradient-checkpointing --sample-num-steps 2 --text-length 24 --adam-epsilon 1e-2"
 
 
-@pytest.fixture(scope="module", params=["fsdp2"])
+@pytest.fixture(scope="module", params=["fsdp2", "zero2"])
 def root(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, prompts_file: Path) -> Path:
     """Runs of two processes: plain, compiled, and compiled until its first step and gone on with."""
+    if request.param.startswith("zero"):
+        pytest.importorskip("deepspeed")
     root = tmp_path_factory.mktemp(request.param)
     model = save_flow(root / "sd3", "sd3")
 
