@@ -170,7 +170,7 @@ def _zero_file(stage: int) -> Callable[[int], Any]:
 
 @contextmanager
 def _compiled(rank: int) -> Iterator[None]:
-    """Blocks pass torch's compiler up to its making of code, which takes seconds; to compile after the third tick is an error.
+    """Blocks pass the part of torch's compiler that decides when to compile, which takes seconds; to compile after the third tick is an error.
 
     A step is two ticks, and what is sampled after it is drawn with another graph than its update.
     """
@@ -189,7 +189,7 @@ def _compiled(rank: int) -> Iterator[None]:
         torch._dynamo.config.error_on_recompile = next(ticks) > 2
 
     def compiled(self: Networks) -> None:
-        compile_blocks(self.modules.values(), self.family.block_names, "aot_eager")
+        compile_blocks(self.modules.values(), self.family.block_names, "eager")
 
     torch._dynamo.reset()
     counters.clear()

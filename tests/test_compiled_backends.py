@@ -15,9 +15,11 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 COMMON = "--use-lora-gen --gradient-checkpointing --sample-num-steps 2 --text-length 24 --adam-epsilon 1e-2"
 
 
-@pytest.fixture(scope="module", params=["fsdp2"])
+@pytest.fixture(scope="module", params=["fsdp2", "zero2", "zero3"])
 def root(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, prompts_file: Path) -> Path:
     """Runs of two processes: plain, compiled, and compiled until its first step and gone on with."""
+    if request.param.startswith("zero"):
+        pytest.importorskip("deepspeed")
     root = tmp_path_factory.mktemp(request.param)
     model = save_flow(root / "sd3", "sd3")
 
@@ -28,7 +30,9 @@ def root(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
     resumed = plan("resumed", "--auto-resume")
     first = Plan("first", plan("resumed", "--max-train-steps 1").arguments, "compiled")
-    plans = [plan("plain", fault="none"), plan("whole"), first, resumed]
+    plans = [plan("plain", fault="none"), plan("whole")]
+    if request.param != "zero3":  # whose blocks take minutes to compile, for each run again
+        plans += [first, resumed]
     reports = launch(root, 2, plans)
     assert [report["codes"] for report in reports] == [{plan.name: 0 for plan in plans}] * 2
     return root
@@ -46,4 +50,6 @@ def test_a_compiled_run_is_the_plain_one_up_to_rounding(root: Path) -> None:
 
 
 def test_a_compiled_run_resumes_bit_for_bit(root: Path) -> None:
+    if not (root / "resumed").exists():
+        pytest.skip("zero3")
     tiny.assert_same_checkpoint(root / "whole", root / "resumed", 2)

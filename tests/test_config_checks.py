@@ -81,8 +81,6 @@ CANNOT_WORK = [
     ("--dataloader_num_workers 2 --model-family sdxl", "--num-workers does nothing where the data is prompts alone"),
     ("--cold-start-iter 10", "--clip-reward-model"),
     ("--cold-start-iter 10 --reward-clip-weight 0", "no reward model"),
-    ("--compile blocks --base-quant int8", "--compile blocks does not go with --base-quant int8"),
-    ("--compile blocks --backend zero2", "--compile blocks does not go with --backend zero2"),
     ("--reuse-rollout --sample-num-steps 4 --sample-type ode", "set --sample-type sde"),
     ("--hpsv2-reward-model x --srpo on --srpo-positive ,", "--srpo needs words on both sides"),
     ("--use-lora-gen --lora-targets to_(q", "--lora-targets to_(q: not a regular expression"),

@@ -88,12 +88,6 @@ def check_backend(settings: Settings, backend: str) -> None:
             f"--offload-optimizer does not go with --backend {backend}: DeepSpeed steps by itself on state that it has cut",
             "use --backend ddp or fsdp2",
         )
-    if settings.run.compile != "off" and backend in ("zero2", "zero3"):
-        raise UserError(
-            f"--compile {settings.run.compile} does not go with --backend {backend}: DeepSpeed changes parameters behind "
-            "compiled code's back",
-            "use --backend ddp or fsdp2",
-        )
     if backend == "zero3" and isinstance(settings.method, DirectConfig) and settings.method.step_checkpointing:
         raise UserError(
             "--step-checkpointing does not go with --backend zero3: weights are given up between forward and backward",
