@@ -166,6 +166,8 @@ INERT = [  # the flag, beside what it does nothing, beside what it acts
     ("--base-quant int8", "--method sft", ["--method sft --use-lora-gen"]),
     ("--tiny-vae x", "--method direct", ["--clip-reward-model x", "--method direct --feature-model x"]),
     ("--tiny-vae x", "--method sft", ["--hpsv2-reward-model x --reward-hps-weight 0"]),
+    ("--gradient-checkpointing decoder+rewards", "", ["--clip-reward-model x", "--method direct --feature-model x"]),
+    ("--gradient-checkpointing decoder", "--method sft", ["--hpsv2-reward-model x"]),
     ("--tiny-vae x", "", ["--clip-reward-model x --cold-start-iter 3000"]),
     ("--teacher-cfg 3", "--method direct", ["", "--method sft", "--sample-steps 0"]),
     ("--teacher-num-steps 9", "--method direct", ["", "--method sft"]),
