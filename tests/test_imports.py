@@ -92,6 +92,7 @@ ANNEXES = {
     "base_quant": "networks",
     "adapters": "networks",
     "compiled": "networks",
+    "on_host": "networks",
     "peers": "engine",
     "prepare": "train",
     "environment": "train",
