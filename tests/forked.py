@@ -1,6 +1,7 @@
 """Training runs in processes of their own, forked from this one so that a trial costs no import; alone or as a world.
 
-The parent keeps to one thread: OpenMP's do not survive a fork, and a child would wait for them for ever.
+The parent keeps to one thread: OpenMP's do not survive a fork, and a child would wait for them for ever.  Nor do autograd's,
+which it starts, if at all, at the first backward pass of a process: where a test has shown torch a GPU that is not there.
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
+
+torch.ones((), requires_grad=True).backward()  # before any test: without a GPU it needs no thread
 
 
 @dataclass
