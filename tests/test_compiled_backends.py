@@ -31,7 +31,7 @@ def root(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     resumed = plan("resumed", "--auto-resume")
     first = Plan("first", plan("resumed", "--max-train-steps 1").arguments, "compiled")
     plans = [plan("plain", fault="none"), plan("whole")]
-    if request.param != "zero3":  # whose blocks take minutes to compile, for each run again
+    if request.param == "fsdp2":  # each run compiles anew, on ZeRO stage 3 for a minute
         plans += [first, resumed]
     reports = launch(root, 2, plans)
     assert [report["codes"] for report in reports] == [{plan.name: 0 for plan in plans}] * 2
@@ -51,5 +51,5 @@ def test_a_compiled_run_is_the_plain_one_up_to_rounding(root: Path) -> None:
 
 def test_a_compiled_run_resumes_bit_for_bit(root: Path) -> None:
     if not (root / "resumed").exists():
-        pytest.skip("zero3")
+        pytest.skip("one backend is enough: what is saved does not depend on it")
     tiny.assert_same_checkpoint(root / "whole", root / "resumed", 2)
