@@ -152,6 +152,23 @@ def _apart(rank: int) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _kept_on_host(rank: int) -> Iterator[None]:
+    """What networks keep goes to the host, however small; a run of which nothing does fails."""
+    from train_t2i import on_host
+
+    went: list[Any] = []
+    to_host = on_host.to_host
+
+    def counted() -> Any:
+        went.append(to_host())
+        return went[-1]
+
+    with mock.patch.object(on_host, "SMALL_BYTES", 0), mock.patch.object(on_host, "to_host", counted):
+        yield
+    assert went
+
+
 def _asked(**environ: str) -> Callable[[int], Any]:
     """What accelerate's launcher would have set."""
 
@@ -199,7 +216,6 @@ def _compiled(rank: int) -> Iterator[None]:
         mock.patch.object(Networks, "compile", compiled),
     ):
         yield
-    print("GRAPHS", dict(counters["stats"]), dict(counters["graph_break"]))
     assert counters["stats"]["unique_graphs"]
 
 
@@ -252,6 +268,7 @@ FAULTS = {
     "counted": _counted,
     "apart": _apart,
     "compiled": _compiled,
+    "kept_on_host": _kept_on_host,
     "zero_stage2_file": _zero_file(2),
     "zero_stage3_file": _zero_file(3),
     "fsdp_flags": _asked(

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import tiny
+import tiny_runs
 import torch
 from flow_models import save_flow
+from launched import Plan, launch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
@@ -132,3 +134,24 @@ def test_the_ledger_counts_what_stays_on_the_device(rows: int, monkeypatch) -> N
     forward = peak(None) - peak(lambda: KeptOnHost(net))
     assert forward == pytest.approx((count - 2) * kept, abs=2 * kept)
     assert elsewhere.bytes == count * kept
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["fsdp2", "zero3"])
+def test_two_processes_that_share_out_weights_train_alike(backend, tmp_path: Path, prompts_file: Path) -> None:
+    """Weights that were gathered for a call go to the host too, and come back as they were."""
+    if backend == "zero3":
+        pytest.importorskip("deepspeed")
+    model = save_flow(tmp_path / "sd3", "sd3")
+
+    def plan(way: str, fault: str) -> Plan:
+        flags = (
+            f"--use-lora-gen --sample-num-steps 2 --text-length 24 --backend {backend} --gradient-checkpointing {way}"
+        )
+        return Plan(way, tiny_runs.arguments(tmp_path, way, flags, model=model, prompts=prompts_file), fault)
+
+    reports = launch(tmp_path, 2, [plan("on", "none"), plan("host", "kept_on_host")])
+    assert [report["codes"] for report in reports] == [{"on": 0, "host": 0}] * 2
+    on, host = (tiny_runs.weights(tmp_path / way, 2) for way in ("on", "host"))
+    assert on.keys() == host.keys()
+    assert all(torch.equal(on[name], host[name]) for name in on)
