@@ -94,7 +94,7 @@ setup_uv() { # prints a uv that works; pip puts one into a private folder where 
 setup_sync() { # ENVIRONMENT DIGEST: makes it what uv.lock says
   local uv extra digest="" extras=""
   local -a options=(--frozen --project "$SETUP_ROOT")
-  uv="$(setup_uv)"
+  uv="$(setup_uv)" || return 2 # errexit is off in all that a caller asks with `if` or `||`
   [[ -t 2 ]] || options+=(--quiet)
   [[ ! -r "$1/.train_t2i_stamp" ]] || { read -r digest && read -r extras; } <"$1/.train_t2i_stamp" || true
   [[ "$digest" == "$2" ]] || extras="" # those of the same lock stay
@@ -104,8 +104,10 @@ setup_sync() { # ENVIRONMENT DIGEST: makes it what uv.lock says
   rm -f -- "$1/.train_t2i_stamp"
   if ! UV_PROJECT_ENVIRONMENT="$1" "$uv" sync "${options[@]}" >&2; then
     setup_say "trying once more, with the certificates of this system (UV_NATIVE_TLS, UV_SYSTEM_CERTS)"
-    UV_NATIVE_TLS=1 UV_SYSTEM_CERTS=1 UV_PROJECT_ENVIRONMENT="$1" "$uv" sync "${options[@]}" >&2 ||
+    UV_NATIVE_TLS=1 UV_SYSTEM_CERTS=1 UV_PROJECT_ENVIRONMENT="$1" "$uv" sync "${options[@]}" >&2 || {
       setup_fail "uv could not make $1" "read its message above; a proxy or a full disk are the usual causes"
+      return 2
+    }
   fi
   printf '%s\n%s\n' "$2" "$extras" >"$1/.train_t2i_stamp"
 }
@@ -124,11 +126,14 @@ setup_main() {
     [[ "$active" == "${VIRTUAL_ENV:-}" || "${CONDA_DEFAULT_ENV:-}" == dmdr ]] &&
       setup_say "the active environment $active lacks the locked stack; using $environment"
   done
-  setup_stamped "$environment" "$digest" || setup_sync "$environment" "$digest"
+  setup_stamped "$environment" "$digest" || setup_sync "$environment" "$digest" || return 2
   PYTHON="$environment/bin/python"
 }
 
-setup_main
+if ! setup_main; then
+  [[ "${BASH_SOURCE[0]}" == "$0" ]] || return 2
+  exit 2
+fi
 export PYTHON
 unset PYTHONDONTWRITEBYTECODE # where it is set, every start compiles torch and its friends anew: 25 s instead of 8
 # The packages are found from any directory, also where the environment has them without the project itself.

@@ -432,3 +432,27 @@ def test_a_wrong_tiny_is_refused(tmp_path: Path) -> None:
     )
     assert done.returncode == 2
     assert "TINY=yes" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "program", ['source "$SETUP"; echo went on', 'made() { source "$SETUP"; }; made || exit', 'bash "$SETUP"']
+)
+def test_an_environment_that_could_not_be_made_is_not_taken_for_one(program: str, tmp_path: Path) -> None:
+    """Whether or not the caller looks at the outcome, which switches errexit off in all that it calls."""
+    uv, environment = tmp_path / "bin" / "uv", tmp_path / "environment"
+    uv.parent.mkdir()
+    uv.write_text(
+        '#!/usr/bin/env bash\n[[ "$1" == --version ]] || { mkdir -p "$UV_PROJECT_ENVIRONMENT"; exit 1; }\necho uv 99.0\n'
+    )
+    uv.chmod(0o755)
+    clean = {"PATH": f"{uv.parent}:{os.environ['PATH']}", "HOME": str(tmp_path)}
+    for _ in range(2):
+        done = subprocess.run(
+            ["bash", "-euc", program],
+            env=clean | {"UV_PROJECT_ENVIRONMENT": str(environment), "SETUP": str(ROOT / "scripts" / "setup.sh")},
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 2
+        assert "went on" not in done.stdout
+        assert f"error: uv could not make {environment}" in done.stderr
+        assert list(environment.iterdir()) == []
