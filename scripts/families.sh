@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 # DMDR on the tiny SD3, FLUX.1 and Qwen-Image: cold start, DMD with two reward models, evaluation beside the teacher; SD3's
-# generator in full, the others' as LoRA; the four-step Qwen-Image from a student of Direct Distillation.  Stopped, it goes on
-# where it was.
+# generator in full, the others' as LoRA; Qwen-Image from a student of Direct Distillation.  Stopped, it goes on where it was.
 #
 #   bash scripts/families.sh                       runs/families; WORK=DIR for another folder
 #   FAMILIES="flux" bash scripts/families.sh       one of sd3 flux qwen_image, or several
@@ -23,23 +22,27 @@ distil() { # LAUNCHER'S NAME [RATES]: a cold start, DMD with rewards from where 
   runs+=("$WORK/$cold" "$WORK/$dmdr")
 }
 
-distil_after_direct() { # the four-step Qwen-Image: a student of Direct Distillation is where the cold start begins
-  local direct=direct_qwen_image_4step cold=cold_start_qwen_image_4step dmdr=dmdr_qwen_image_4step_refl
-  # layout is right by then: mostly low noise, and a small rate (docs/recipe.md)
-  local -a flags=(
-    --generator-init "$WORK/$direct/checkpoints/lora_gen/step-150" --learning-rate-gen 1e-4
-    --dynamic-step 0 --s-type-gui beta --gui-a 2 --gui-b 4
-  )
-  stage pairs-qwen_image pairs 768 qwen_image
-  DATA_PATH_TRAIN="$WORK/pairs_qwen_image" stage "$direct" train direct_distill_qwen_image_lora "$direct" --max-train-steps 150
+distil_qwen_image() { # in four steps from a student of Direct Distillation, in two from the four-step one
+  local direct=direct_qwen_image_4step
+  stage pairs-qwen_image pairs 1536 qwen_image
+  DATA_PATH_TRAIN="$WORK/pairs_qwen_image" stage "$direct" train direct_distill_qwen_image_lora "$direct" --max-train-steps 400
+  stage "evaluate-$direct" evaluate direct-qwen_image_4step "$WORK/$direct"
+  runs+=("$WORK/$direct")
+  refine qwen_image_4step "$WORK/$direct/checkpoints/lora_gen/step-400" 50 1e-4 150 1 0.1
+  refine qwen_image_2step "$WORK/cold_start_qwen_image_4step/checkpoints/lora_gen/step-50" 200 2e-4 300 1 0.1
+}
+
+refine() { # LAUNCHERS' NAME, A STUDENT'S LORA, COLD START'S STEPS AND RATE, ALL STEPS, WEIGHTS OF CLIP AND HPS: goes on from a student
+  local cold="cold_start_$1" dmdr="dmdr_$1_refl"
+  # layout is right by then: mostly low noise, small rates, little reward (docs/recipe.md)
+  local -a flags=(--generator-init "$2" --cold-start-iter "$3" --dynamic-step 0 --s-type-gui beta --gui-a 2 --gui-b 4)
   export LORA_SCALE_R=- # nothing is borrowed where --dynamic-step is 0
-  stage "$cold" train "$cold" "$cold" "${flags[@]}" --max-train-steps 50 --cold-start-iter 50
-  RESUME_CKPT="$(records "$cold" 50)" stage "$dmdr" train "$dmdr" "$dmdr" "${flags[@]}" \
-    --max-train-steps 300 --cold-start-iter 50 --reward-clip-weight 2
+  stage "$cold" train "$cold" "$cold" "${flags[@]}" --learning-rate-gen "$4" --max-train-steps "$3"
+  RESUME_CKPT="$(records "$cold" "$3")" stage "$dmdr" train "$dmdr" "$dmdr" "${flags[@]}" \
+    --learning-rate-gen 5e-5 --max-train-steps "$5" --reward-clip-weight "$6" --reward-hps-weight "$7"
   unset LORA_SCALE_R
-  stage evaluate-qwen_image_4step evaluate direct-qwen_image_4step,cold-qwen_image_4step,dmdr-qwen_image_4step \
-    "$WORK/$direct" "$WORK/$cold" "$WORK/$dmdr"
-  runs+=("$WORK/$direct" "$WORK/$cold" "$WORK/$dmdr")
+  stage "evaluate-$1" evaluate "cold-$1,dmdr-$1" "$WORK/$cold" "$WORK/$dmdr"
+  runs+=("$WORK/$cold" "$WORK/$dmdr")
 }
 
 stage scenes scenes
@@ -53,9 +56,9 @@ for family in $FAMILIES; do
       distil flux_4step
       distil flux_2step
       ;;
-    qwen_image)
-      distil_after_direct
-      distil qwen_image_2step
+    qwen_image) # its pictures are best at guidance 2, what they show is most often right at 3: either is a row
+      stage evaluate-teacher-qwen_image-2 evaluate_teacher qwen_image teacher-qwen_image-2 2
+      distil_qwen_image
       ;;
   esac
 done

@@ -68,7 +68,7 @@ flux() { # STEPS: FLUX.1-dev at 1024; guidance is a number that the network is t
 }
 
 qwen_image() { # STEPS: Qwen-Image at 1024
-  GUIDANCE=4 TEACHER_GUIDANCE=2
+  GUIDANCE=4 TEACHER_GUIDANCE=3
   setting pretrained-model   Qwen/Qwen-Image  "$CHECKPOINTS/tiny-qwen-image"
   setting resolution         1024  64
   setting sample-num-steps   "$1"

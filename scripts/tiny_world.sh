@@ -70,7 +70,7 @@ evaluate() { # NAMES FLAGS...: a row of $TABLE for each of the comma list
     --held-out-model "$CHECKPOINTS/tiny-clip-heldout" --reference "$WORK/reference/metadata.csv" --save-images "$WORK/grids"
 }
 
-evaluate_teacher() { # [FAMILY [NAME]]
+evaluate_teacher() { # [FAMILY [NAME [GUIDANCE]]]
   tiny_teacher "${1:-sdxl}"
-  evaluate "${2:-teacher}" --teacher "${TEACHER[@]}" --teacher-num-steps 25 --teacher-cfg "$TEACHER_CFG"
+  evaluate "${2:-teacher}" --teacher "${TEACHER[@]}" --teacher-num-steps 25 --teacher-cfg "${3:-$TEACHER_CFG}"
 }

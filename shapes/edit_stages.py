@@ -1,6 +1,6 @@
-"""The stages of the tiny Qwen-Image-Edit: an encoder that reads instructions and pictures, an autoencoder, a transformer.
+"""The stages of the tiny Qwen-Image-Edit: an encoder that reads instructions and pictures, and a transformer.
 
-Autoencoder and transformer start from those of the tiny Qwen-Image.  The folder is one of
+The autoencoder is that of the tiny Qwen-Image, and its transformer is where this one starts.  The folder is one of
 QwenImageEditPlusPipeline; QwenImageEditPipeline takes the same parts.
 """
 
@@ -29,12 +29,11 @@ from shapes.edits import KINDS
 from shapes.flow_models import FlowRecipe, scheduler
 from shapes.flow_stages import found, holder, loaded, part
 from shapes.render import SIDE_PX
-from shapes.stage import SEED, Paths, Stage, judged, world
+from shapes.stage import Paths, Stage
 from shapes.tokenizer import new_qwen_edit_tokenizer
 from train_t2i.families.qwen_image_edit import tell_token_types
 
 QWEN_EDIT_TEXT = QwenEditTextRecipe()
-EDIT_AUTOENCODER = qa.RecolouredRecipe()
 
 
 @dataclass(frozen=True)
@@ -64,23 +63,11 @@ def make_edit_text(paths: Paths, run_name: str) -> dict[str, float]:
     return quality
 
 
-def make_edit_autoencoder(paths: Paths, run_name: str) -> dict[str, float]:
-    start, twins = (
-        found(AutoencoderKLQwenImage, paths, "qwen-autoencoder"),
-        qa.beside_twins(world(paths), "train", SEED),
-    )
-    vae = qa.train_recoloured(start, twins, EDIT_AUTOENCODER)
-    vae.half().save_pretrained(part(paths, "qwen-edit-autoencoder"))
-    return qa.measure(part(paths, "qwen-edit-autoencoder"), judged(paths)) | {
-        "oracle on edits": edits_kept(vae.float())
-    }
-
-
 def assemble(paths: Paths, folder: Path) -> None:
     """Write the half-precision pipeline folder, its transformer that of the tiny Qwen-Image."""
     tokenizer, start = new_qwen_edit_tokenizer(), paths.flow("qwen_image")
     pipeline = QwenImageEditPlusPipeline(
-        vae=found(AutoencoderKLQwenImage, paths, "qwen-edit-autoencoder"),
+        vae=found(AutoencoderKLQwenImage, paths, "qwen-autoencoder"),
         text_encoder=found(Qwen2_5_VLForConditionalGeneration, paths, "qwen-edit-text"),
         transformer=loaded(QwenImageTransformer2DModel, start / "transformer"),
         tokenizer=tokenizer,
@@ -151,7 +138,7 @@ def editor_quality(folder: Path) -> dict[str, float]:
         scores[f"adherence, {where}"] = right.mean().item()
         scores[f"adherence of compositions, {where}"] = right[several].mean().item()
         scores[f"change elsewhere, {where}"] = apart.nanmean().item()
-    return scores
+    return {**scores, "oracle on edits": edits_kept(pipeline.vae)}
 
 
 def edits_kept(vae: AutoencoderKLQwenImage) -> float:
@@ -176,16 +163,9 @@ STAGES = (
         make_edit_text,
     ),
     Stage(
-        "qwen-edit-autoencoder",
-        EDIT_AUTOENCODER,
-        ("qwen-autoencoder",),
-        functools.partial(holder, name="qwen-edit-autoencoder"),
-        make_edit_autoencoder,
-    ),
-    Stage(
         "qwen-image-edit",
         QWEN_EDIT,
-        ("qwen-image", "qwen-edit-text", "qwen-edit-autoencoder"),
+        ("qwen-image", "qwen-edit-text"),
         _transformer,
         make_edit_pipeline,
     ),

@@ -22,15 +22,16 @@ from shapes.guidance import UNGUIDED, GuidanceRecipe, distil_guidance
 from shapes.long_text_encoders import QwenTextRecipe, T5Recipe, train_qwen_text, train_t5, with_projection
 from shapes.oracle import adherence
 from shapes.scenes import unique_captions
-from shapes.stage import Paths, Stage, judged, world
+from shapes.stage import SEED, Paths, Stage, judged, world
 
 WIDE = ae.WideAutoencoderRecipe()
 QWEN_AUTOENCODER = qa.QwenAutoencoderRecipe()
+RECOLOURED = qa.RecolouredRecipe()
 T5 = T5Recipe()
 QWEN_TEXT = QwenTextRecipe()
 SD3 = FlowRecipe("sd3", seed=51, width=92, heads=4, layers=4, legs=(10000,))
 FLUX = FlowRecipe("flux", seed=51, width=128, heads=4, layers=1, single_layers=3, legs=(4000, 7000))
-QWEN = FlowRecipe("qwen_image", seed=53, width=104, heads=4, layers=4, legs=(12000, 20000))
+QWEN = FlowRecipe("qwen_image", seed=53, width=104, heads=4, layers=4, legs=(12000, 20000, 28000), pictures=24576)
 GUIDANCE = GuidanceRecipe()
 CFGS = (1.5, 2.0, 3.0)
 PROMPTS, STEPS, BATCH = 500, 25, 100
@@ -44,6 +45,7 @@ def make_wide_autoencoder(paths: Paths, run_name: str) -> dict[str, float]:
 
 def make_qwen_autoencoder(paths: Paths, run_name: str) -> dict[str, float]:
     vae = qa.train_qwen_autoencoder(world(paths), QWEN_AUTOENCODER)
+    vae = qa.train_recoloured(vae, qa.beside_twins(world(paths), "train", SEED), RECOLOURED)
     vae.half().save_pretrained(part(paths, "qwen-autoencoder"))
     return qa.measure(part(paths, "qwen-autoencoder"), judged(paths))
 
@@ -76,7 +78,6 @@ HOLDERS = {  # part -> the committed folder that holds it
     "qwen-autoencoder": ("qwen_image", "vae"),
     "qwen-text": ("qwen_image", "text_encoder"),
     "qwen-edit-text": ("qwen_image_edit", "text_encoder"),
-    "qwen-edit-autoencoder": ("qwen_image_edit", "vae"),
 }
 
 
@@ -183,7 +184,13 @@ def _transformer_of(paths: Paths, family: str) -> Path:
 STAGES = (
     Stage("wide-autoencoder", WIDE, ("autoencoder",), lambda p: holder(p, "wide-autoencoder"), make_wide_autoencoder),
     Stage("t5", T5, (), lambda p: holder(p, "t5"), make_t5),
-    Stage("qwen-autoencoder", QWEN_AUTOENCODER, (), lambda p: holder(p, "qwen-autoencoder"), make_qwen_autoencoder),
+    Stage(
+        "qwen-autoencoder",
+        (QWEN_AUTOENCODER, RECOLOURED),
+        (),
+        functools.partial(holder, name="qwen-autoencoder"),
+        make_qwen_autoencoder,
+    ),
     Stage("qwen-text", QWEN_TEXT, (), lambda p: holder(p, "qwen-text"), make_qwen_text),
     pipeline_stage("sd3", SD3, ("wide-autoencoder", "t5", "text")),
     pipeline_stage("flux", FLUX, ("wide-autoencoder", "t5", "text")),

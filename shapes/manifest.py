@@ -34,7 +34,7 @@ TINY = (
     ),
     (
         "tiny-qwen-image-edit",
-        ("qwen-edit-text", "qwen-edit-autoencoder", "qwen-image-edit"),
+        ("qwen-edit-text", "qwen-image-edit"),
         "teacher of the embedded world's edits, a QwenImageEditPlusPipeline folder that starts from tiny-qwen-image",
     ),
     ("tiny-taesd", ("tiny-decoder",), "fast decoder for tiny-sdxl latents (AutoencoderTiny)"),

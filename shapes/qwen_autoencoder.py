@@ -138,7 +138,7 @@ def train_recoloured(vae: AutoencoderKLQwenImage, twins: World, recipe: Recolour
         moved = (frame.encode(plain).latent_dist.mean - wanted).square().mean()
         return autoencoder_loss(frame, torch.cat([hued, plain]), g, recipe) + recipe.anchor_weight * moved
 
-    fit_autoencoder("autoencoder of the editor", OneFrame(vae.requires_grad_(True)), twins, recipe, loss)
+    fit_autoencoder("Qwen-Image autoencoder, twins", OneFrame(vae.requires_grad_(True)), twins, recipe, loss)
     fix_posterior(vae)
     return vae
 
