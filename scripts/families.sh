@@ -49,17 +49,14 @@ stage scenes scenes
 runs=()
 for family in $FAMILIES; do
   [[ "$family" =~ ^(sd3|flux|qwen_image)$ ]] || setup_fail "FAMILIES: unknown family $family" "one of sd3 flux qwen_image"
-  stage "evaluate-teacher-$family" evaluate_teacher "$family" "teacher-$family"
+  teacher_rows "$family" "teacher-$family"
   case "$family" in
     sd3) distil sd3 5e-5 3e-5 ;; # its LoRA students stay below their teacher (docs/recipe.md)
     flux)
       distil flux_4step
       distil flux_2step
       ;;
-    qwen_image) # its pictures are best at guidance 2, what they show is most often right at 3: either is a row
-      stage evaluate-teacher-qwen_image-2 evaluate_teacher qwen_image teacher-qwen_image-2 2
-      distil_qwen_image
-      ;;
+    qwen_image) distil_qwen_image ;;
   esac
 done
 stage report "$PYTHON" -m train_t2i report "${runs[@]}" --table "$TABLE" --out "$WORK/report"

@@ -63,7 +63,7 @@ compare() { # FAMILY
   local -a models=()
   local calls cell
   TABLE="$WORK/table-$1.json"
-  stage "evaluate-teacher-$1" evaluate_teacher "$1" "$1-teacher"
+  teacher_rows "$1" "$1-teacher"
   case "$1" in
     sdxl | sd3 | flux) direct "$1" "direct_distill_$1" ;;
     qwen_image) direct "$1" direct_distill_qwen_image_lora ;;

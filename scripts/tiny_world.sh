@@ -74,3 +74,8 @@ evaluate_teacher() { # [FAMILY [NAME [GUIDANCE]]]
   tiny_teacher "${1:-sdxl}"
   evaluate "${2:-teacher}" --teacher "${TEACHER[@]}" --teacher-num-steps 25 --teacher-cfg "${3:-$TEACHER_CFG}"
 }
+
+teacher_rows() { # FAMILY NAME: Qwen-Image's has one more, at guidance 2: there its pictures are best, at 3 what they show (docs/recipe.md)
+  stage "evaluate-teacher-$1" evaluate_teacher "$1" "$2"
+  [[ "$1" != qwen_image ]] || stage "evaluate-teacher-$1-2" evaluate_teacher "$1" "$2-2" 2
+}
