@@ -265,6 +265,7 @@ def test_every_method_can_be_rehearsed(method: str, folders: dict[str, Path]) ->
     found = rehearse(settings, published, **EXACT)
     assert all(peak.total > 0 for peak in found.updates.values())
     assert found.updates.keys() == found.trained.keys()
+    assert found.averaged == (found.trained["generator"] if method == "arcflow" else 0)
 
 
 def test_what_moves_a_rehearsal(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -289,6 +290,8 @@ def test_what_moves_a_rehearsal(folders: dict[str, Path], tmp_path: Path) -> Non
     sharded = found("--layout paired --use-lora-gen off --gradient-checkpointing", gathered=True)
     copied = found("--layout paired --use-lora-gen off --gradient-checkpointing")
     assert copied.updates["generator"].total - sharded.updates["generator"].total > 0
+    mean = found("--method sft --ema-decay 0.99")
+    assert mean.averaged == mean.trained["generator"] > 0
 
 
 def test_quantised_weights_are_rehearsed_as_codes(sdxl_folder: Path) -> None:
@@ -344,6 +347,16 @@ def test_what_a_backend_shares(
     network = NETWORK_BYTES if world > 1 else 0
     assert plan.reserve == pytest.approx(CONTEXT_BYTES + network + FRAGMENTATION * 4 * GB)
     assert plan.total == plan.kept + plan.gathered + 4 * GB + plan.reserve
+
+
+@pytest.mark.parametrize(("backend", "share"), [("ddp", 1.0), ("fsdp2", 0.125), ("zero2", 0.125), ("zero3", 0.125)])
+def test_a_moving_average_lies_where_the_moments_do(backend: str, share: float) -> None:
+    run, kept = replace(PAIR, backend=backend), replace(MADE, averaged=MADE.trained["generator"])
+    plain, with_it = estimate(run, MADE, 8), estimate(run, kept, 8)
+    assert with_it.optimizer - plain.optimizer == pytest.approx(0.8 * GB * share)
+    assert with_it.total - plain.total == with_it.optimizer - plain.optimizer
+    rank = next(lever.plan for lever in levers(run, kept, 8) if "--lora-rank" in lever.what)
+    assert rank.optimizer == pytest.approx(with_it.optimizer / 2)
 
 
 def test_what_is_the_worst_moment() -> None:

@@ -35,7 +35,7 @@ class Plan:
 
     frozen: int  # networks that are not trained
     trained: int  # fp32 masters
-    optimizer: int
+    optimizer: int  # moments, and the moving average where there is one
     encoders: int
     vae: int
     rewards: int
@@ -68,7 +68,7 @@ def estimate(run: Config, found: Rehearsal, world: int) -> Plan:
     share = 1 / world if is_sharded(run, world) else 1.0
     scattered = 1 / world if world > 1 and run.backend != "ddp" else 1.0
     total_trained = sum(found.trained.values())
-    moments = int(adam_bytes(run) * total_trained * scattered)
+    moments = int((adam_bytes(run) * total_trained + FP32_BYTES * found.averaged) * scattered)
     masters = FP32_BYTES * total_trained * share
     if run.backend == "zero2" and world > 1:  # whole weights, and this process's part once more
         masters += FP32_BYTES * total_trained / world
@@ -200,7 +200,7 @@ def fewer_ranks(found: Rehearsal, run: Config) -> Rehearsal:
     """Half the LoRA factors; what is trained in full stays."""
     routes = LAYOUTS[resolved_layout(run)]
     trained = {role: n // 2 if routes[role][1] is not None else n for role, n in found.trained.items()}
-    return replace(found, trained=trained)
+    return replace(found, trained=trained, averaged=trained["generator"] if found.averaged else 0)
 
 
 def smaller_batch(found: Rehearsal, batch_size: int, copy_bytes: int, share: float) -> Rehearsal:

@@ -76,6 +76,7 @@ class Rehearsal:
     times: dict[str, int] = field(default_factory=dict)  # how often each is in a step
     simulation: Simulation | None = None  # where the rollout is one: its work is then that of a single call
     waiting_bytes: int = 0  # in the host's memory: the most that an update's networks keep there
+    averaged: int = 0  # elements that have a moving average
 
 
 def rehearse(settings: Settings, found: Published, *, gradient_share: float, gathered: bool) -> Rehearsal:
@@ -96,6 +97,7 @@ def rehearse(settings: Settings, found: Published, *, gradient_share: float, gat
                 _cast(net, dtype)
         terms, watched = empty_rewards(settings, dtype)
         method = build.build_method(settings, networks, META, terms)
+        averaged = trained["generator"] if method.ema_decay(run.max_train_steps) is not None else 0
         with Counter(shapes.family, networks.modules) as counter:
             rollout, updates, work, waiting = tick(settings, networks, method, gradient_share, counter, elsewhere)
         sheet = draw_sheet(settings, networks)
@@ -105,6 +107,7 @@ def rehearse(settings: Settings, found: Published, *, gradient_share: float, gat
     return Rehearsal(
         modules, trained, shapes.num_encoder_parameters * dtype.itemsize, sum(map(weight_bytes, coders)),
         sum(map(weight_bytes, towers)), rollout, updates, sheet, work, times_in_a_step(settings, method), simulation(settings), waiting,
+        averaged,
     )  # fmt: skip
 
 
