@@ -66,7 +66,7 @@ def main(verb: str, *arguments: str) -> None:
         print(steps_that_fit(Path(arguments[0]), float(arguments[1])))
         return
     work = Path(arguments[0])
-    tables = [path for path in sorted(work.glob("table-*.json")) if path.suffixes == [".json"]]  # not their .paired.json
+    tables = (path for path in sorted(work.glob("table-*.json")) if path.suffixes == [".json"])  # no .paired.json
     rows = [with_cost(row, work) for table in tables for row in json.loads(table.read_text())]
     (work / "table.json").write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     (work / "table.md").write_text(markdown(rows), encoding="utf-8")
