@@ -114,7 +114,7 @@ setup_sync() { # ENVIRONMENT DIGEST: makes it what uv.lock says
 
 setup_main() {
   local digest environment active
-  digest="$(setup_digest)"
+  digest="$(setup_digest)" || return 2
   environment="${UV_PROJECT_ENVIRONMENT:-.venv}"
   [[ "$environment" == /* ]] || environment="$SETUP_ROOT/$environment"
   for active in "${VIRTUAL_ENV:-}" "${CONDA_PREFIX:-}"; do
@@ -130,10 +130,8 @@ setup_main() {
   PYTHON="$environment/bin/python"
 }
 
-if ! setup_main; then
-  [[ "${BASH_SOURCE[0]}" == "$0" ]] || return 2
-  exit 2
-fi
+setup_main
+[[ $? == 0 ]] || return 2 # to a caller that switched errexit off; where it is on, a failure ended all this
 export PYTHON
 unset PYTHONDONTWRITEBYTECODE # where it is set, every start compiles torch and its friends anew: 25 s instead of 8
 # The packages are found from any directory, also where the environment has them without the project itself.
