@@ -28,18 +28,18 @@ distil_qwen_image() { # in four steps from a student of Direct Distillation, in 
   DATA_PATH_TRAIN="$WORK/pairs_qwen_image" stage "$direct" train direct_distill_qwen_image_lora "$direct" --max-train-steps 400
   stage "evaluate-$direct" evaluate direct-qwen_image_4step "$WORK/$direct"
   runs+=("$WORK/$direct")
-  refine qwen_image_4step "$WORK/$direct/checkpoints/lora_gen/step-400" 50 1e-4 150 1 0.1
-  refine qwen_image_2step "$WORK/cold_start_qwen_image_4step/checkpoints/lora_gen/step-50" 200 2e-4 300 1 0.1
+  refine qwen_image_4step "$WORK/$direct/checkpoints/lora_gen/step-400" 50 1e-4
+  refine qwen_image_2step "$WORK/cold_start_qwen_image_4step/checkpoints/lora_gen/step-50" 200 2e-4
 }
 
-refine() { # LAUNCHERS' NAME, A STUDENT'S LORA, COLD START'S STEPS AND RATE, ALL STEPS, WEIGHTS OF CLIP AND HPS: goes on from a student
+refine() { # LAUNCHERS' NAME, A STUDENT'S LORA, THE COLD START'S STEPS AND RATE: goes on from a student, at last 100 steps with rewards
   local cold="cold_start_$1" dmdr="dmdr_$1_refl"
   # layout is right by then: mostly low noise, small rates, little reward (docs/recipe.md)
   local -a flags=(--generator-init "$2" --cold-start-iter "$3" --dynamic-step 0 --s-type-gui beta --gui-a 2 --gui-b 4)
   export LORA_SCALE_R=- # nothing is borrowed where --dynamic-step is 0
   stage "$cold" train "$cold" "$cold" "${flags[@]}" --learning-rate-gen "$4" --max-train-steps "$3"
   RESUME_CKPT="$(records "$cold" "$3")" stage "$dmdr" train "$dmdr" "$dmdr" "${flags[@]}" \
-    --learning-rate-gen 5e-5 --max-train-steps "$5" --reward-clip-weight "$6" --reward-hps-weight "$7"
+    --learning-rate-gen 5e-5 --max-train-steps $(($3 + 100)) --reward-clip-weight 1 --reward-hps-weight 0.1
   unset LORA_SCALE_R
   stage "evaluate-$1" evaluate "cold-$1,dmdr-$1" "$WORK/$cold" "$WORK/$dmdr"
   runs+=("$WORK/$cold" "$WORK/$dmdr")

@@ -40,7 +40,7 @@ every_stage() { # of DMDR
 # GUIDANCE is the published one of a model's teacher, TEACHER_GUIDANCE that of its tiny sibling
 
 sd3() { # SD3-medium at 512, four steps
-  GUIDANCE=7 TEACHER_GUIDANCE=2
+  GUIDANCE=7 TEACHER_GUIDANCE="$TINY_GUIDANCE"
   setting pretrained-model   stabilityai/stable-diffusion-3-medium-diffusers  "$CHECKPOINTS/tiny-sd3"
   setting resolution         512   64
   setting sample-num-steps   4
@@ -49,7 +49,7 @@ sd3() { # SD3-medium at 512, four steps
 }
 
 sd35() { # SD3.5-large at 1024, four steps
-  GUIDANCE=4 TEACHER_GUIDANCE=2
+  GUIDANCE=4 TEACHER_GUIDANCE="$TINY_GUIDANCE"
   setting pretrained-model   stabilityai/stable-diffusion-3.5-large  "$CHECKPOINTS/tiny-sd3"
   setting resolution         1024  64
   setting sample-num-steps   4
@@ -68,7 +68,7 @@ flux() { # STEPS: FLUX.1-dev at 1024; guidance is a number that the network is t
 }
 
 qwen_image() { # STEPS: Qwen-Image at 1024
-  GUIDANCE=4 TEACHER_GUIDANCE=3
+  GUIDANCE=4 TEACHER_GUIDANCE="$TINY_QWEN_IMAGE_GUIDANCE"
   setting pretrained-model   Qwen/Qwen-Image  "$CHECKPOINTS/tiny-qwen-image"
   setting resolution         1024  64
   setting sample-num-steps   "$1"
@@ -77,7 +77,7 @@ qwen_image() { # STEPS: Qwen-Image at 1024
 }
 
 qwen_image_edit() { # STEPS: Qwen-Image-Edit-2509 at 1024; the data is a table of edits (docs/supervised.md), whose targets nobody reads
-  GUIDANCE=4 TEACHER_GUIDANCE=2
+  GUIDANCE=4 TEACHER_GUIDANCE="$TINY_GUIDANCE"
   setting pretrained-model   Qwen/Qwen-Image-Edit-2509  "$CHECKPOINTS/tiny-qwen-image-edit"
   setting resolution         1024  64
   setting source-size        1024  64

@@ -9,12 +9,14 @@ source "$(dirname -- "${BASH_SOURCE[0]}")/launch.sh"
 qwen_image() {
   setting pretrained-model  Qwen/Qwen-Image  "$CHECKPOINTS/tiny-qwen-image"
   setting data-path-train   datasets/internal_datasets/metadata.json  "${OUTPUT_DIR:-runs}/images/metadata.csv"
+  setting teacher-cfg       4                "$TINY_QWEN_IMAGE_GUIDANCE"
 }
 
 qwen_image_edit() {
   setting pretrained-model  Qwen/Qwen-Image-Edit  "$CHECKPOINTS/tiny-qwen-image-edit"
   setting data-path-train   datasets/internal_datasets/metadata.json  "${OUTPUT_DIR:-runs}/edits/metadata.json"
   setting source-size       1024             64
+  setting teacher-cfg       4                "$TINY_GUIDANCE"
 }
 
 supervised() {
@@ -43,7 +45,6 @@ supervised() {
   setting seed                         42
   setting batch-size-test              2                     8
   setting teacher-num-steps            50                    25
-  setting teacher-cfg                  4                     2
   setting sample-steps                 500                   100
   setting checkpoint-steps             50                    100
 }

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What the tiny world trains on.  Expects PYTHON and SETUP_ROOT (setup.sh).
 
-TINY_GUIDANCE=2 # the best of the tiny teachers, but for Qwen-Image's (docs/recipe.md)
+TINY_GUIDANCE=2 TINY_QWEN_IMAGE_GUIDANCE=3 # the best of the tiny teachers (docs/recipe.md)
 
 tiny_prompts() { # FILE: complete or absent
   mkdir -p -- "$(dirname -- "$1")"
@@ -26,7 +26,7 @@ tiny_teacher() { # FAMILY: sets TEACHER, the flags that say which model it is an
   TEACHER_CFG="$TINY_GUIDANCE"
   case "$1" in
     sd3) TEACHER+=(--text-length 32) ;;
-    qwen_image) TEACHER_CFG=3 ;;
+    qwen_image) TEACHER_CFG="$TINY_QWEN_IMAGE_GUIDANCE" ;;
     qwen_image_edit) TEACHER+=(--source-size 64 --source-seen-size 64) ;;
     flux) # guidance is a number that the network is told: no second call for it
       TEACHER+=(--guidance-embed "$TINY_GUIDANCE" --text-length 32)

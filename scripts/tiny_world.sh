@@ -77,5 +77,5 @@ evaluate_teacher() { # [FAMILY [NAME [GUIDANCE]]]
 
 teacher_rows() { # FAMILY NAME: Qwen-Image's has one more, at guidance 2: there its pictures are best, at 3 what they show (docs/recipe.md)
   stage "evaluate-teacher-$1" evaluate_teacher "$1" "$2"
-  [[ "$1" != qwen_image ]] || stage "evaluate-teacher-$1-2" evaluate_teacher "$1" "$2-2" 2
+  [[ "$1" != qwen_image ]] || stage "evaluate-teacher-$1-2" evaluate_teacher "$1" "$2-2" "$TINY_GUIDANCE"
 }

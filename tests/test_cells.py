@@ -11,15 +11,15 @@ import pytest
 CELLS = runpy.run_path(str(Path(__file__).resolve().parent.parent / "scripts" / "cells.py"))
 
 
-def a_run(root: Path, seconds: dict[int, float], ratio: int = 2) -> Path:
-    """One whose every ``ratio``-th tick is a generator's; a tick -> its seconds."""
+def a_run(root: Path, seconds: dict[int, float]) -> Path:
+    """One whose every other tick is a generator's; a tick -> its seconds."""
     logs = root / "loss_logs"
     logs.mkdir(parents=True)
     (root / "args.json").write_text("{}")
     for name, mine in (("gen", True), ("gui", False)):
         lines = [
-            {"tick": tick, "step": tick // ratio, "seconds_tick": took, "samples_seen": 32 * tick, "peak_memory_gib": 1 + tick / 10}
-            for tick, took in seconds.items() if (tick % ratio == 0) is mine
+            {"tick": tick, "step": tick // 2, "seconds_tick": took, "samples_seen": 32 * tick, "peak_memory_gib": 1 + tick / 10}
+            for tick, took in seconds.items() if (tick % 2 == 0) is mine
         ]  # fmt: skip
         (logs / f"loss_{name}_log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return root
