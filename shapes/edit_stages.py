@@ -125,7 +125,8 @@ def edit_with(pipeline: Any, sources: list[Any], instruction: str, cfg: float, s
 
 
 def editor_quality(folder: Path) -> dict[str, float]:
-    """Oracle adherence of the stock pipeline on held-out edits at each guidance, and what it does to the rest."""
+    """Oracle adherence of the stock pipeline on held-out edits at each guidance, what it does to the rest, and of the edits' own
+    results, encoded and decoded."""
     pipeline, made = load_editor(folder), [draw("heldout", 0, index, KINDS) for index in range(EDITS)]
     sources = [[torch.from_numpy(one).permute(2, 0, 1) / 255 for one in shown] for _, shown, _ in made]
     prompts = [edit.instruction for edit, _, _ in made]
@@ -138,16 +139,9 @@ def editor_quality(folder: Path) -> dict[str, float]:
         scores[f"adherence, {where}"] = right.mean().item()
         scores[f"adherence of compositions, {where}"] = right[several].mean().item()
         scores[f"change elsewhere, {where}"] = apart.nanmean().item()
-    return {**scores, "oracle on edits": edits_kept(pipeline.vae)}
-
-
-def edits_kept(vae: AutoencoderKLQwenImage) -> float:
-    """Share of the held-out edits' own results that the oracle still reads right once they were encoded and decoded."""
-    made = [draw("heldout", 0, index, KINDS) for index in range(EDITS)]
-    sources = [[torch.from_numpy(one).permute(2, 0, 1) / 255 for one in shown] for _, shown, _ in made]
     targets = torch.stack([torch.from_numpy(target).permute(2, 0, 1) / 255 for _, _, target in made])
-    kept = qa.decode(vae, qa.encode(vae, targets))
-    return edit_adherence(kept, [edit.instruction for edit, _, _ in made], sources).mean().item()
+    kept = qa.decode(pipeline.vae, qa.encode(pipeline.vae, targets))
+    return {**scores, "oracle on edits": edit_adherence(kept, prompts, sources).mean().item()}
 
 
 def _transformer(paths: Paths) -> Path:

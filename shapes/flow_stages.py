@@ -44,8 +44,9 @@ def make_wide_autoencoder(paths: Paths, run_name: str) -> dict[str, float]:
 
 
 def make_qwen_autoencoder(paths: Paths, run_name: str) -> dict[str, float]:
-    vae = qa.train_qwen_autoencoder(world(paths), QWEN_AUTOENCODER)
-    vae = qa.train_recoloured(vae, qa.beside_twins(world(paths), "train", SEED), RECOLOURED)
+    data = world(paths)
+    vae = qa.train_qwen_autoencoder(data, QWEN_AUTOENCODER)
+    vae = qa.train_recoloured(vae, qa.beside_twins(data, "train", SEED), RECOLOURED)
     vae.half().save_pretrained(part(paths, "qwen-autoencoder"))
     return qa.measure(part(paths, "qwen-autoencoder"), judged(paths))
 

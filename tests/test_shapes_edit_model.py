@@ -276,3 +276,4 @@ def test_the_committed_editor_does_what_it_is_told_and_leaves_the_rest_alone(mon
     found = edit_stages.editor_quality(folder)
     assert next(value for key, value in found.items() if key.startswith("adherence, ")) >= 0.6
     assert next(value for key, value in found.items() if key.startswith("change elsewhere")) <= 0.04
+    assert found["oracle on edits"] >= 0.9

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import tomllib
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import flow_models
 import pytest
@@ -88,6 +90,30 @@ def test_one_frame_is_what_the_video_autoencoder_makes_of_it() -> None:
     shown = vae._decode(latents.unsqueeze(2)).sample[:, :, 0]
     torch.testing.assert_close(qa.encode(vae, images), expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(qa.decode(vae, latents), (shown / 2 + 0.5).clamp(0, 1), rtol=1e-4, atol=1e-5)
+
+
+def test_qwens_autoencoder_sees_pictures_and_then_twins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few, trained = load_world("train", 0, 512), []
+    fit = qa.fit_autoencoder
+
+    def spied(name: str, frame: Any, data: Any, *rest: Any) -> Any:
+        trained.append((name, data.pictures.shape[1]))
+        return fit(name, frame, data, *rest)
+
+    monkeypatch.setattr(qa, "fit_autoencoder", spied)
+    for name in ("world", "judged"):
+        monkeypatch.setattr(flow_stages, name, lambda paths: few)
+    for name in ("QWEN_AUTOENCODER", "RECOLOURED"):
+        short = replace(getattr(flow_stages, name), crop_steps=0, whole_steps=1, batch_size=4)
+        monkeypatch.setattr(flow_stages, name, short)
+    flow_stages.make_qwen_autoencoder(Paths(tmp_path, tmp_path), "run")
+    assert trained == [("Qwen-Image autoencoder", 3), ("Qwen-Image autoencoder, twins", 6)]
+
+
+def test_qwen_image_and_its_editor_share_an_autoencoder() -> None:
+    plain, editor = (CHECKPOINTS / name / "vae" for name in ("tiny-qwen-image", "tiny-qwen-image-edit"))
+    for file in plain.iterdir():
+        assert (editor / file.name).read_bytes() == file.read_bytes(), file.name
 
 
 def test_every_leg_goes_on_from_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
