@@ -22,24 +22,39 @@ distil() { # LAUNCHER'S NAME [RATES]: a cold start, DMD with rewards from where 
   runs+=("$WORK/$cold" "$WORK/$dmdr")
 }
 
-distil_qwen_image() { # in four steps from a student of Direct Distillation, in two from the four-step one
-  local direct=direct_qwen_image_4step
-  stage pairs-qwen_image pairs 1536 qwen_image
-  DATA_PATH_TRAIN="$WORK/pairs_qwen_image" stage "$direct" train direct_distill_qwen_image_lora "$direct" --max-train-steps 400
-  stage "evaluate-$direct" evaluate direct-qwen_image_4step "$WORK/$direct"
-  runs+=("$WORK/$direct")
-  refine qwen_image_4step "$WORK/$direct/checkpoints/lora_gen/step-400" 50 1e-4
-  refine qwen_image_2step "$WORK/cold_start_qwen_image_4step/checkpoints/lora_gen/step-50" 200 2e-4
+distil_qwen_image() { # in two steps and in four, either from a student of Direct Distillation; the four-step one's goes on from the other's
+  local two=direct_qwen_image_2step four=direct_qwen_image_4step
+  # few steps follow less of what they are told than the teacher: more guidance than its own, in the pairs as in the score
+  stage pairs-qwen_image pairs 1536 qwen_image 4
+  regress "$two" --sample-num-steps 2 --max-train-steps 1200
+  regress "$four" --generator-init "$WORK/$two/checkpoints/lora_gen/step-1200" --max-train-steps 300
+  stage "merge-$four" merge "$four"
+  refine qwen_image_4step "$WORK/$four/merged"
+  refine qwen_image_2step "$WORK/$two/checkpoints/lora_gen/step-1200"
 }
 
-refine() { # LAUNCHERS' NAME, A STUDENT'S LORA, THE COLD START'S STEPS AND RATE: goes on from a student, at last 100 steps with rewards
+regress() { # RUN FLAGS...: Direct Distillation on the grid of the launchers' other stages
+  local run="$1"
+  shift
+  DATA_PATH_TRAIN="$WORK/pairs_qwen_image" stage "$run" train direct_distill_qwen_image_lora "$run" --shift 3.2 --checkpoint-steps 300 "$@"
+  stage "evaluate-$run" evaluate "${run/_/-}" "$WORK/$run"
+  runs+=("$WORK/$run")
+}
+
+merge() { # RUN: its generator's whole weights, in RUN/merged
+  rm -rf -- "${WORK:?}/$1/merged"
+  "$PYTHON" -m train_t2i export --run "$WORK/$1" --to merged --out "$WORK/$1/merged"
+}
+
+refine() { # LAUNCHERS' NAME, WHAT A STUDENT STARTS FROM: 50 steps of the cold start, 100 with rewards, of its last call alone
   local cold="cold_start_$1" dmdr="dmdr_$1_refl"
   # layout is right by then: mostly low noise, small rates, little reward (docs/recipe.md)
-  local -a flags=(--generator-init "$2" --cold-start-iter "$3" --dynamic-step 0 --s-type-gui beta --gui-a 2 --gui-b 4)
+  local -a flags=(--generator-init "$2" --cold-start-iter 50 --dynamic-step 0 --s-type-gui beta --gui-a 2 --gui-b 4 --cfg-r 5)
+  flags+=(--s-type-gen beta --gen-a 1 --gen-b 20)
   export LORA_SCALE_R=- # nothing is borrowed where --dynamic-step is 0
-  stage "$cold" train "$cold" "$cold" "${flags[@]}" --learning-rate-gen "$4" --max-train-steps "$3"
-  RESUME_CKPT="$(records "$cold" "$3")" stage "$dmdr" train "$dmdr" "$dmdr" "${flags[@]}" \
-    --learning-rate-gen 5e-5 --max-train-steps $(($3 + 100)) --reward-clip-weight 1 --reward-hps-weight 0.1
+  stage "$cold" train "$cold" "$cold" "${flags[@]}" --learning-rate-gen 1e-4 --max-train-steps 50
+  RESUME_CKPT="$(records "$cold" 50)" stage "$dmdr" train "$dmdr" "$dmdr" "${flags[@]}" \
+    --learning-rate-gen 5e-5 --max-train-steps 150 --reward-clip-weight 1.5 --reward-hps-weight 0.4
   unset LORA_SCALE_R
   stage "evaluate-$1" evaluate "cold-$1,dmdr-$1" "$WORK/$cold" "$WORK/$dmdr"
   runs+=("$WORK/$cold" "$WORK/$dmdr")

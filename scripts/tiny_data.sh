@@ -35,8 +35,8 @@ tiny_teacher() { # FAMILY: sets TEACHER, the flags that say which model it is an
   esac
 }
 
-tiny_pairs() { # FOLDER PROMPTS COUNT [FAMILY]: (noise, prompt, teacher latent), of edits with sources; begun before, it goes on
+tiny_pairs() { # FOLDER PROMPTS COUNT [FAMILY [GUIDANCE]]: (noise, prompt, teacher latent), of edits with sources; begun before, it goes on
   tiny_teacher "${4:-sdxl}"
-  "$PYTHON" -m train_t2i pairs --out "$1" "${TEACHER[@]}" --cfg-scale "$TEACHER_CFG" --count "$3" --data-path-train "$2" \
+  "$PYTHON" -m train_t2i pairs --out "$1" "${TEACHER[@]}" --cfg-scale "${5:-$TEACHER_CFG}" --count "$3" --data-path-train "$2" \
     --num-inference-steps 25 --mixed-precision no --batch-size 64
 }

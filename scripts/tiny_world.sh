@@ -50,7 +50,7 @@ scenes() { # the data of the world: prompts to train on, held-out prompts and re
   "$PYTHON" -m shapes.scenes render --split heldout --count 2000 --seed 8 --out "$WORK/reference"
 }
 
-pairs() { tiny_pairs "$WORK/pairs${2:+_$2}" "$WORK/prompts.txt" "$1" "${2:-sdxl}"; } # COUNT [FAMILY]
+pairs() { tiny_pairs "$WORK/pairs${2:+_$2}" "$WORK/prompts.txt" "$1" "${2:-sdxl}" "${3:-}"; } # COUNT [FAMILY [GUIDANCE]]
 
 records() { printf '%s/%s/checkpoints/torch_units/step-%d.pt' "$WORK" "$1" "$2"; } # RUN STEP
 

@@ -209,6 +209,24 @@ def test_a_start_from_a_student_of_other_times_is_told(
         assert "was trained on the times" not in (run / "log.txt").read_text()
 
 
+def test_a_start_from_a_lora_that_lies_on_more_than_the_base_is_refused(
+    folders: dict[str, Path], prompts_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Alone it would leave out what it was trained on, and nobody would see; the whole of it can be given."""
+    plain = "--use-lora-gen --sample-num-steps 2 --text-length 24 --batch-size 1 --sample-steps 0 --max-train-steps"
+    given = {"model": folders["sd3"], "prompts": prompts_file}
+    below = tiny_runs.train(tmp_path, "first", f"{plain} 1", **given) / "checkpoints" / "lora_gen" / "step-1"
+    upon = tiny_runs.train(tmp_path, "second", f"{plain} 1 --generator-init {below}", **given)
+    lora = upon / "checkpoints" / "lora_gen" / "step-1"
+    third = tiny_runs.arguments(tmp_path, "third", f"{plain} 1 --generator-init {lora}", **given)
+    told = tiny_runs.refused(capsys, *third)
+    assert f"--generator-init {lora}: this LoRA lies on {below}, which would be left out" in told
+    assert "export its run with --to merged, and give that folder" in told
+    assert main(["export", "--run", str(upon), "--to", "merged", "--out", str(tmp_path / "whole")]) == 0
+    tiny_runs.train(tmp_path, "third", f"{plain} 1 --generator-init {tmp_path / 'whole'}", **given)
+    tiny_runs.train(tmp_path, "second", f"{plain} 2 --generator-init {below} --auto-resume", **given)
+
+
 def test_supervised_weights_have_no_times_to_differ(
     folders: dict[str, Path], prompts_file: Path, images_table: Path, tmp_path: Path
 ) -> None:

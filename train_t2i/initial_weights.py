@@ -41,6 +41,32 @@ def load_generator_weights(family: Family, net: Any, source: str, part: str) -> 
         ) from None
 
 
+def record_of_start(source: str) -> dict[str, Any] | None:
+    """What a run's checkpoint says that ``source`` is (its ``step-N.pt``) or is an export of (``lora_gen/step-N``).
+
+    None: it is of no run, or the record cannot be read; of an export its weights are all that is needed.
+    """
+    path = Path(source).absolute()
+    record = path if path.suffix == ".pt" else path.parent.parent / RECORDS / f"{path.name}.pt"
+    if record.parent.name != RECORDS or not record.is_file():
+        return None
+    try:
+        return run_of(record).load(record, [])[1]
+    except UserError:
+        return None
+
+
+def check_whole(source: str) -> None:
+    """Raises UserError where ``source`` is the LoRA of a run that trained it on more than its teacher's weights."""
+    settings = (record_of_start(source) or {}).get("settings", {})
+    below = settings.get("generator_init") or settings.get("xl_ode_pretrain_path")
+    if below and Path(source).suffix != ".pt":
+        raise UserError(
+            f"--generator-init {source}: this LoRA lies on {below}, which would be left out",
+            "export its run with --to merged, and give that folder",
+        )
+
+
 def _state_of(path: Path, denoiser: str, part: str) -> dict[str, Tensor]:
     if path.suffix == ".pt" and path.parent.name == RECORDS:
         parts, record = run_of(path).load(path, [part])

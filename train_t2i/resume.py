@@ -11,12 +11,13 @@ import torch
 
 from train_t2i import __version__, build, monitor
 from train_t2i.adapters import export_adapter
-from train_t2i.checkpoint import RECORDS, Part, RunFolder, run_of
+from train_t2i.checkpoint import Part, RunFolder, run_of
 from train_t2i.config import Config, Settings, fields_of, resolved_layout
 from train_t2i.engine import RoleState
 from train_t2i.errors import UserError
 from train_t2i.families import Family
 from train_t2i.guard import Reading
+from train_t2i.initial_weights import record_of_start
 from train_t2i.methods import METHODS
 from train_t2i.methods.base import Clock
 from train_t2i.networks import Role
@@ -230,17 +231,8 @@ def told_of_start(cfg: Config, family: Family) -> list[str]:
     None for weights of supervised training, which have no times of their own, nor where the record cannot be read.
     """
     given = cfg.generator_init or cfg.xl_ode_pretrain_path
-    if given is None:
-        return []
-    source = Path(given).absolute()
-    record_of = source if source.suffix == ".pt" else source.parent.parent / RECORDS / f"{source.name}.pt"
-    if record_of.parent.name != RECORDS or not record_of.is_file():
-        return []
-    try:
-        _, record = run_of(record_of).load(record_of, [])
-    except UserError:  # of an export, whose weights are all that is needed
-        return []
-    differ = _other_times(cfg, family, record) if record["settings"]["method"] != "sft" else None
+    record = record_of_start(given) if given else None
+    differ = _other_times(cfg, family, record) if record and record["settings"]["method"] != "sft" else None
     said = "warning: {} was trained on the times {}, this run's are {}: set --shift and --sample-num-steps as they were there"
     return [said.format(given, *differ)] if differ else []
 
