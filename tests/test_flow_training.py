@@ -15,7 +15,7 @@ from flow_models import FAMILIES, save_flow
 from train_t2i.__main__ import main
 from train_t2i.build import build_family, build_method, resolved
 from train_t2i.config import Config, DMDRConfig, Settings
-from train_t2i.errors import UserError
+from train_t2i.errors import EXIT_USER, UserError
 from train_t2i.families import load_family
 from train_t2i.methods.base import Batch, Clock
 from train_t2i.sampling import few_step
@@ -220,8 +220,10 @@ def test_a_start_from_a_lora_that_lies_on_more_than_the_base_is_refused(
     lora = upon / "checkpoints" / "lora_gen" / "step-1"
     third = tiny_runs.arguments(tmp_path, "third", f"{plain} 1 --generator-init {lora}", **given)
     told = tiny_runs.refused(capsys, *third)
-    assert f"--generator-init {lora}: this LoRA lies on {below}, which would be left out" in told
+    assert f"{lora}: this LoRA lies on {below}, which would be left out" in told
     assert "export its run with --to merged, and give that folder" in told
+    assert main(["doctor", *third[1:]]) == EXIT_USER
+    assert f"--generator-init: {lora}: this LoRA lies on {below}" in capsys.readouterr().out
     assert main(["export", "--run", str(upon), "--to", "merged", "--out", str(tmp_path / "whole")]) == 0
     tiny_runs.train(tmp_path, "third", f"{plain} 1 --generator-init {tmp_path / 'whole'}", **given)
     tiny_runs.train(tmp_path, "second", f"{plain} 2 --generator-init {below} --auto-resume", **given)

@@ -62,7 +62,7 @@ def check_whole(source: str) -> None:
     below = settings.get("generator_init") or settings.get("xl_ode_pretrain_path")
     if below and Path(source).suffix != ".pt":
         raise UserError(
-            f"--generator-init {source}: this LoRA lies on {below}, which would be left out",
+            f"{source}: this LoRA lies on {below}, which would be left out",
             "export its run with --to merged, and give that folder",
         )
 

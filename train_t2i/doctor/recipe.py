@@ -16,6 +16,7 @@ from train_t2i.doctor.installation import version_of
 from train_t2i.errors import UserError
 from train_t2i.families.published import Published
 from train_t2i.feed import dataset_for
+from train_t2i.initial_weights import check_whole
 from train_t2i.methods import METHODS
 from train_t2i.plan.estimate import FP32_BYTES, Plan, adam_bytes, estimate
 from train_t2i.plan.model import published_of
@@ -77,6 +78,8 @@ def models(run: Config) -> Iterator[Finding]:
 def model(name: str, source: str) -> Iterator[Finding]:
     """A file, a folder, or what a hub id has left on the disk.  Raises UserError, RewardError."""
     if Path(source).exists():
+        if name == "--generator-init":
+            check_whole(source)
         yield from weights.look_at(name, Path(source), digests=False)
         return
     if name in ("--generator-init", "--xl-ode-pretrain-path"):
