@@ -107,7 +107,20 @@ def test_the_quick_one_has_a_folder_of_its_own(quick: str, folder: str, tmp_path
     assert [path.name for path in (tmp_path / "runs").iterdir()] == [folder]
 
 
-def test_the_families_are_driven_by_the_bash_of_macos(tmp_path: Path) -> None:
+FAMILY_STAGES = {
+    "sd3": ["cold_start_sd3", "dmdr_sd3_refl", "evaluate-sd3"],
+    "qwen_image": [
+        "evaluate-teacher-qwen_image-2", "pairs-qwen_image", "direct_qwen_image_2step", "evaluate-direct_qwen_image_2step",
+        "direct_qwen_image_4step", "evaluate-direct_qwen_image_4step", "merge-direct_qwen_image_4step",
+        *(f"{stage}_qwen_image_4step{end}" for stage, end in (("cold_start", ""), ("dmdr", "_refl"))), "evaluate-qwen_image_4step",
+        *(f"{stage}_qwen_image_2step{end}" for stage, end in (("cold_start", ""), ("dmdr", "_refl"))), "evaluate-qwen_image_2step",
+    ],
+}  # fmt: skip
+TEACHERS = {"sd3": "tiny-sd3 --resolution 64 --text-length 32", "qwen_image": "tiny-qwen-image --resolution 64"}
+
+
+@pytest.mark.parametrize(("family", "guidance"), [("sd3", 2), ("qwen_image", 3)])
+def test_the_families_are_driven_by_the_bash_of_macos(family: str, guidance: int, tmp_path: Path) -> None:
     """Every stage of one, by a python that says what it is told; 3.2 knows no mapfile."""
     stub, old = tmp_path / "bin" / "python", tmp_path / "old.sh"
     stub.parent.mkdir()
@@ -118,13 +131,13 @@ def test_the_families_are_driven_by_the_bash_of_macos(tmp_path: Path) -> None:
     old.write_text("enable -n mapfile readarray\n")
     done = subprocess.run(
         ["bash", ROOT / "scripts" / "families.sh"], capture_output=True, text=True, check=False,
-        env=os.environ | {"WORK": str(tmp_path), "FAMILIES": "sd3", "VIRTUAL_ENV": str(tmp_path), "BASH_ENV": str(old)},
+        env=os.environ | {"WORK": str(tmp_path), "FAMILIES": family, "VIRTUAL_ENV": str(tmp_path), "BASH_ENV": str(old)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     stages = re.findall(r"^== (\S+): \d+ s$", done.stdout, re.MULTILINE)
-    assert stages == ["scenes", "evaluate-teacher-sd3", "cold_start_sd3", "dmdr_sd3_refl", "evaluate-sd3", "report"]
-    teacher = f"--pretrained-model {ROOT}/checkpoints/tiny-sd3 --resolution 64 --text-length 32"
-    assert f"evaluate --teacher {teacher} --teacher-num-steps 25 --teacher-cfg 2 " in done.stdout
+    assert stages == ["scenes", f"evaluate-teacher-{family}", *FAMILY_STAGES[family], "report"]
+    teacher = f"--pretrained-model {ROOT}/checkpoints/{TEACHERS[family]}"
+    assert f"evaluate --teacher {teacher} --teacher-num-steps 25 --teacher-cfg {guidance} " in done.stdout
 
 
 def test_every_method_has_a_cell_of_its_own(tmp_path: Path) -> None:
