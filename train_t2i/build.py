@@ -25,7 +25,7 @@ from train_t2i.config import (
 from train_t2i.config_checks import check_acts, check_backend
 from train_t2i.errors import UserError
 from train_t2i.families import Family, family_class, family_of, load_family
-from train_t2i.initial_weights import TAKES, load_generator_weights
+from train_t2i.initial_weights import TAKES, check_whole, load_generator_weights
 from train_t2i.methods import METHODS, Method, RewardTerm, Setting
 from train_t2i.networks import Networks, Role, build_networks
 from train_t2i.prompt_cache import CachedText, PromptCache, check_key
@@ -203,3 +203,10 @@ def check_initial(run: Config) -> None:
     for name, source in given.items():
         if source is not None and not Path(source).exists():
             raise UserError(f"{name} {source}: no such file or folder", f"give {TAKES}")
+
+
+def check_start(run: Config) -> None:
+    """A run that begins is given the whole of what it is to go on from."""
+    check_initial(run)
+    if run.generator_init:
+        check_whole(run.generator_init)

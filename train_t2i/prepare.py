@@ -19,7 +19,6 @@ from train_t2i.environment import environment, note_start
 from train_t2i.errors import UserError
 from train_t2i.feed import Feed, dataset_for
 from train_t2i.image_data import Rows
-from train_t2i.initial_weights import check_whole
 from train_t2i.methods import METHODS
 from train_t2i.networks import Networks, Role
 from train_t2i.prompt_cache import CachedText, PromptCache
@@ -132,9 +131,7 @@ def prepare(settings: Settings, folder: RunFolder, engine: Engine, stop: StopReq
     found = [*engine.told, *reward_terms.check(settings.method), *chosen]
     if cfg.offload_optimizer and engine.device.type == "cpu":
         found.append("--offload-optimizer: nothing to do on a CPU, whose memory is the host's")
-    build.check_initial(cfg)
-    if cfg.generator_init and not resumed.continues:
-        check_whole(cfg.generator_init)
+    (build.check_initial if resumed.continues else build.check_start)(cfg)
     data, batch, settings = read_data(settings, folder, engine, resumed)
     asked = sheet_rows(settings, data)
     watched, reference = monitor.check(settings, len(asked[0]))
