@@ -27,7 +27,7 @@ def stages(script: str, root: Path, **environment: str) -> dict[str, Settings]:
 
 
 @pytest.mark.parametrize(
-    ("script", "count"), [("quickstart", 3), ("reproduce", 20), ("families", 11), ("edits", 2), ("ablations", 11)]
+    ("script", "count"), [("quickstart", 3), ("reproduce", 20), ("families", 12), ("edits", 2), ("ablations", 11)]
 )
 def test_every_stage_is_a_valid_run(script: str, count: int, tmp_path: Path) -> None:
     found = stages(script, tmp_path)
