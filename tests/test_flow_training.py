@@ -218,15 +218,19 @@ def test_a_start_from_a_lora_that_lies_on_more_than_the_base_is_refused(
     below = tiny_runs.train(tmp_path, "first", f"{plain} 1", **given) / "checkpoints" / "lora_gen" / "step-1"
     upon = tiny_runs.train(tmp_path, "second", f"{plain} 1 --generator-init {below}", **given)
     lora = upon / "checkpoints" / "lora_gen" / "step-1"
-    third = tiny_runs.arguments(tmp_path, "third", f"{plain} 1 --generator-init {lora}", **given)
-    told = tiny_runs.refused(capsys, *third)
-    assert f"{lora}: this LoRA lies on {below}, which would be left out" in told
-    assert "export its run with --to merged, and give that folder" in told
-    assert main(["doctor", *third[1:]]) == EXIT_USER
-    assert f"--generator-init: {lora}: this LoRA lies on {below}" in capsys.readouterr().out
+    for flag, calls in (("--generator-init", 2), ("--xl-ode-pretrain-path", 1)):
+        third = tiny_runs.arguments(tmp_path, "third", f"{plain} 1 --sample-num-steps {calls} {flag} {lora}", **given)
+        told = tiny_runs.refused(capsys, *third)
+        assert f"{lora}: this LoRA lies on {below}, which would be left out" in told
+        assert "export its run with --to merged, and give that folder" in told
+        assert main(["doctor", *third[1:]]) == EXIT_USER
+        assert f"{flag}: {lora}: this LoRA lies on {below}" in capsys.readouterr().out
     assert main(["export", "--run", str(upon), "--to", "merged", "--out", str(tmp_path / "whole")]) == 0
     tiny_runs.train(tmp_path, "third", f"{plain} 1 --generator-init {tmp_path / 'whole'}", **given)
     tiny_runs.train(tmp_path, "second", f"{plain} 2 --generator-init {below} --auto-resume", **given)
+    plain = plain.removeprefix("--use-lora-gen ")
+    whole = tiny_runs.record(tiny_runs.train(tmp_path, "all", f"{plain} 1 --generator-init {below}", **given), 1)
+    tiny_runs.train(tmp_path, "all-again", f"{plain} 1 --generator-init {whole}", **given)
 
 
 def test_supervised_weights_have_no_times_to_differ(

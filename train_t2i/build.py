@@ -208,5 +208,5 @@ def check_initial(run: Config) -> None:
 def check_start(run: Config) -> None:
     """A run that begins is given the whole of what it is to go on from."""
     check_initial(run)
-    if run.generator_init:
-        check_whole(run.generator_init)
+    if source := run.generator_init or run.xl_ode_pretrain_path:
+        check_whole(source)

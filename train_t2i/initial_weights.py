@@ -60,7 +60,7 @@ def check_whole(source: str) -> None:
     """Raises UserError where ``source`` is the LoRA of a run that trained it on more than its teacher's weights."""
     settings = (record_of_start(source) or {}).get("settings", {})
     below = settings.get("generator_init") or settings.get("xl_ode_pretrain_path")
-    if below and Path(source).suffix != ".pt":
+    if below and settings["use_lora_gen"]:
         raise UserError(
             f"{source}: this LoRA lies on {below}, which would be left out",
             "export its run with --to merged, and give that folder",

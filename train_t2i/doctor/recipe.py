@@ -77,12 +77,13 @@ def models(run: Config) -> Iterator[Finding]:
 
 def model(name: str, source: str) -> Iterator[Finding]:
     """A file, a folder, or what a hub id has left on the disk.  Raises UserError, RewardError."""
+    starts = name in ("--generator-init", "--xl-ode-pretrain-path")
     if Path(source).exists():
-        if name == "--generator-init":
+        if starts:
             check_whole(source)
         yield from weights.look_at(name, Path(source), digests=False)
         return
-    if name in ("--generator-init", "--xl-ode-pretrain-path"):
+    if starts:
         raise UserError(f"{source}: no such file or folder", "check the path, or fetch it: python -m train_t2i fetch")
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
