@@ -110,10 +110,11 @@ def test_the_quick_one_has_a_folder_of_its_own(quick: str, folder: str, tmp_path
 FAMILY_STAGES = {
     "sd3": ["cold_start_sd3", "dmdr_sd3_refl", "evaluate-sd3"],
     "qwen_image": [
-        "evaluate-teacher-qwen_image-2", "pairs-qwen_image", "direct_qwen_image_2step", "evaluate-direct_qwen_image_2step",
+        "evaluate-teacher-qwen_image-2", "pairs-qwen_image",
+        "direct_qwen_image_2step", "evaluate-direct_qwen_image_2step",
         "direct_qwen_image_4step", "evaluate-direct_qwen_image_4step", "merge-direct_qwen_image_4step",
-        *(f"{stage}_qwen_image_4step{end}" for stage, end in (("cold_start", ""), ("dmdr", "_refl"))), "evaluate-qwen_image_4step",
-        *(f"{stage}_qwen_image_2step{end}" for stage, end in (("cold_start", ""), ("dmdr", "_refl"))), "evaluate-qwen_image_2step",
+        "cold_start_qwen_image_4step", "dmdr_qwen_image_4step_refl", "evaluate-qwen_image_4step",
+        "cold_start_qwen_image_2step", "dmdr_qwen_image_2step_refl", "evaluate-qwen_image_2step",
     ],
 }  # fmt: skip
 TEACHERS = {"sd3": "tiny-sd3 --resolution 64 --text-length 32", "qwen_image": "tiny-qwen-image --resolution 64"}
