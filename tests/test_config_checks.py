@@ -82,6 +82,7 @@ CANNOT_WORK = [
     ("--cold-start-iter 10", "--clip-reward-model"),
     ("--cold-start-iter 10 --reward-clip-weight 0", "no reward model"),
     ("--reuse-rollout --sample-num-steps 4 --sample-type ode", "set --sample-type sde"),
+    ("--student-input path --sample-num-steps 4 --sample-type sde", "set --sample-type ode"),
     ("--hpsv2-reward-model x --srpo on --srpo-positive ,", "--srpo needs words on both sides"),
     ("--use-lora-gen --lora-targets to_(q", "--lora-targets to_(q: not a regular expression"),
     (

@@ -269,6 +269,21 @@ def test_a_reused_estimate_is_what_the_guidance_network_learns_in_the_generators
     assert torch.equal(learnt["x_t"], path.add_noise(made, draw.normal("guidance_noise", SHAPE), tau))
 
 
+def test_a_student_of_its_path_is_given_what_its_sampling_gives_it(networks, family, monkeypatch):
+    """Row by row the input at its level is that of the few-step sampler's call there, and the sample is the sampler's."""
+    config, grid = DMDRConfig(cfg_r=3.0, student_input="path"), family.path.grid(4)
+    algorithm = METHODS["dmdr"](config, Setting(networks, family, grid, SHAPE, 4, CPU, sample_type="ode"))
+    level = torch.tensor([0, 1, 3, 1])
+    monkeypatch.setattr(type(algorithm.level_times), "sample_index", lambda *args: level)
+    rollout, calls = algorithm.rollout(batch(), LATER), spy(monkeypatch, networks)
+    with torch.no_grad():
+        made = algorithm.sample(rollout.cond, rollout.draw.normal("simulation/0", SHAPE), lambda i: None)
+    inputs = torch.stack([call["x_t"] for call in calls], dim=1)
+    assert torch.equal(rollout.x_t, inputs[torch.arange(4), level])
+    assert torch.equal(rollout.t, grid[level])
+    assert torch.equal(rollout.x0, made)
+
+
 # -- DMDR: rewards ---------------------------------------------------------------------------------------------------
 
 

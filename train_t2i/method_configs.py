@@ -29,6 +29,12 @@ class DMDRConfig:
         "the guidance network learns the estimate that the generator's update makes, updated first, as in DMD2: a network "
         "call less a step",
     )
+    student_input: str = flag(
+        "renoised",
+        "what the student is given below its first time: its own finished image noised anew, as published, or path: the state "
+        "that its deterministic sampling has there (--sample-type ode)",
+        choices=("renoised", "path"),
+    )
     dmd_weight: float = flag(1.0, "weight of the distribution matching loss; 0: rewards alone", low=0)
     cold_start_iter: int = flag(3000, "generator steps before rewards begin", low=0)
     dynamic_step: int = flag(0, "steps over which the dynamic strategies fade; 0: off", low=0)

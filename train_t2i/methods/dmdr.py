@@ -31,7 +31,7 @@ from train_t2i.families.base import Cond
 from train_t2i.methods.base import Batch, Clock, Method, Metrics, RewardTerm, Setting, sample_student
 from train_t2i.networks import Role
 from train_t2i.randomness import Draw
-from train_t2i.sampling import few_step, simulate_to
+from train_t2i.sampling import few_step, simulate_to, trajectory
 from train_t2i.schedule import TimeSampler, cosine_fall, per_row
 
 
@@ -83,6 +83,8 @@ class DMDR(Method):
         draw = setting.draw(clock, batch.indices)
         level = self.level_times.sample_index(draw.on_host(), "level", clock.step, setting.grid)
         reused = self.config.reuse_rollout and "generator" in self.roles_at(clock)
+        if self.config.student_input == "path":
+            return self._on_path(batch.prompts, cond, draw, level)
         x0 = self._estimated(cond, draw, level - 1, setting.grid[:-1]) if reused else self._simulated(cond, draw, level)
         t = setting.grid.to(setting.device, non_blocking=True)[level.to(setting.device, non_blocking=True)]
         fresh = draw.normal("student_input", setting.latent_shape)
@@ -90,6 +92,17 @@ class DMDR(Method):
         # its own estimate, noised anew: that at its level or, where that is still to be made, at the level before (DMD2).
         x_t = torch.where(per_row(t == setting.grid[0], x0), fresh, self.path.add_noise(x0, fresh, t))
         return Rollout(batch.prompts, cond, draw, x0, x_t, t)
+
+    def _on_path(self, prompts: list[str], cond: Cond, draw: Draw, level: Tensor) -> Rollout:
+        """The student's finished samples, with what the call at each row's level was given on the way there."""
+        setting = self.setting
+        noise, rows = draw.normal("simulation/0", setting.latent_shape), level.to(setting.device, non_blocking=True)
+        states = trajectory(
+            lambda x, t: self.networks.x0("generator", x, t, cond), self.path, setting.grid, noise, None
+        )
+        inputs = torch.stack([noise, *states[:-1]], dim=1)  # (B, N, C, H, W)
+        x_t = inputs[torch.arange(len(rows), device=rows.device), rows]
+        return Rollout(prompts, cond, draw, states[-1], x_t, setting.grid.to(setting.device, non_blocking=True)[rows])
 
     def _simulated(self, cond: Cond, draw: Draw, level: Tensor) -> Tensor:
         """(B, C, H, W) what the student makes: along the ODE its finished sample, else its estimate at each row's level."""
