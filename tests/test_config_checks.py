@@ -82,7 +82,6 @@ CANNOT_WORK = [
     ("--cold-start-iter 10", "--clip-reward-model"),
     ("--cold-start-iter 10 --reward-clip-weight 0", "no reward model"),
     ("--reuse-rollout --sample-num-steps 4 --sample-type ode", "set --sample-type sde"),
-    ("--student-input path --sample-num-steps 4 --sample-type sde", "set --sample-type ode"),
     ("--hpsv2-reward-model x --srpo on --srpo-positive ,", "--srpo needs words on both sides"),
     ("--use-lora-gen --lora-targets to_(q", "--lora-targets to_(q: not a regular expression"),
     (
@@ -178,6 +177,8 @@ INERT = [  # the flag, beside what it does nothing, beside what it acts
     ("--dynamic-step 5", f"{FEW} --lora-scale-r 0 --s-type-gui logit_normal", [f"{FEW} --lora-scale-r 0 --s-type-gen beta"]),
     ("--dynamic-step 5", "--lora-scale-r 0", ["", FEW, "--lora-scale-r 0 --s-type-gui beta"]),
     ("--s-type-gen beta", "", [FEW]),
+    ("--student-input path", "", [f"{FEW} --sample-type ode"]),
+    ("--student-input path", FEW, [f"{FEW} --sample-type ode"]),
     ("--gen-a 3", FEW, [f"{FEW} --s-type-gen beta"]),
     ("--gen-b 3", FEW, [f"{FEW} --s-type-gen logit_normal"]),
     ("--gui-a 3", "", ["--s-type-gui beta"]),

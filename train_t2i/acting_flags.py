@@ -135,6 +135,8 @@ CONDITIONAL = (
         "set --s-type-gui beta",
     ),
     Acts("s_type_gen", _few_steps, *ONE_STEP),
+    Acts("student_input", _few_steps, *ONE_STEP),
+    Acts("student_input", lambda v: v.sample_type == "ode", "where sampling noises anew too", "set --sample-type ode"),
     Acts("gen_a", lambda v: v.s_type_gen != "uniform", *UNIFORM_GEN),
     Acts("gen_b", lambda v: v.s_type_gen != "uniform", *UNIFORM_GEN),
     Acts("gui_a", lambda v: v.s_type_gui != "uniform", *UNIFORM_GUI),

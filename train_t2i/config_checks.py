@@ -173,8 +173,6 @@ def _check_dmdr(run: Config, method: DMDRConfig) -> None:
             "--reuse-rollout does not go with --sample-type ode, whose guidance network learns finished samples",
             "set --sample-type sde",
         )
-    if method.student_input == "path" and run.sample_type != "ode":
-        raise UserError("--student-input path: only deterministic sampling has one", "set --sample-type ode")
     _check_draw("gen", method.s_type_gen, method.gen_a)
     _check_draw("gui", method.s_type_gui, method.gui_a)
     given = wanted_rewards(method)

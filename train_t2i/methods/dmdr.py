@@ -13,6 +13,8 @@ Departures from the paper and its published code:
 6. A non-finite update is skipped as a whole; NaNs are not replaced by zeros.
 7. ``reuse_rollout`` orders a generator's tick as DMD2 does: the generator is updated on the input that its simulation has
    at each row's level, and the estimate made there is the sample that the guidance network then learns.
+8. ``student_input`` path gives the generator the state that its deterministic sampling has at each row's level, as it is given
+   at inference; the code noises its finished sample anew.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -31,7 +34,7 @@ from train_t2i.families.base import Cond
 from train_t2i.methods.base import Batch, Clock, Method, Metrics, RewardTerm, Setting, sample_student
 from train_t2i.networks import Role
 from train_t2i.randomness import Draw
-from train_t2i.sampling import few_step, simulate_to, trajectory
+from train_t2i.sampling import simulate_to, trajectory
 from train_t2i.schedule import TimeSampler, cosine_fall, per_row
 
 
@@ -82,35 +85,31 @@ class DMDR(Method):
         cond = setting.family.encode(batch.prompts, config.negative_prompt if guided else None, batch.sources)
         draw = setting.draw(clock, batch.indices)
         level = self.level_times.sample_index(draw.on_host(), "level", clock.step, setting.grid)
-        reused = self.config.reuse_rollout and "generator" in self.roles_at(clock)
-        if self.config.student_input == "path":
-            return self._on_path(batch.prompts, cond, draw, level)
+        at = level.to(setting.device, non_blocking=True)
+        t = setting.grid.to(setting.device, non_blocking=True)[at]
+        if config.student_input == "path":
+            states = self._along_ode(cond, draw)
+            x_t = torch.stack(states[:-1])[at, torch.arange(len(at), device=at.device)]
+            return Rollout(batch.prompts, cond, draw, states[-1], x_t, t)
+        reused = config.reuse_rollout and "generator" in self.roles_at(clock)
         x0 = self._estimated(cond, draw, level - 1, setting.grid[:-1]) if reused else self._simulated(cond, draw, level)
-        t = setting.grid.to(setting.device, non_blocking=True)[level.to(setting.device, non_blocking=True)]
         fresh = draw.normal("student_input", setting.latent_shape)
         # At the top of its grid the student starts from pure noise, whatever level conditions it there.  Below, it is given
         # its own estimate, noised anew: that at its level or, where that is still to be made, at the level before (DMD2).
         x_t = torch.where(per_row(t == setting.grid[0], x0), fresh, self.path.add_noise(x0, fresh, t))
         return Rollout(batch.prompts, cond, draw, x0, x_t, t)
 
-    def _on_path(self, prompts: list[str], cond: Cond, draw: Draw, level: Tensor) -> Rollout:
-        """The student's finished samples, with what the call at each row's level was given on the way there."""
-        setting = self.setting
-        noise, rows = draw.normal("simulation/0", setting.latent_shape), level.to(setting.device, non_blocking=True)
-        states = trajectory(
-            lambda x, t: self.networks.x0("generator", x, t, cond), self.path, setting.grid, noise, None
-        )
-        inputs = torch.stack([noise, *states[:-1]], dim=1)  # (B, N, C, H, W)
-        x_t = inputs[torch.arange(len(rows), device=rows.device), rows]
-        return Rollout(prompts, cond, draw, states[-1], x_t, setting.grid.to(setting.device, non_blocking=True)[rows])
-
     def _simulated(self, cond: Cond, draw: Draw, level: Tensor) -> Tensor:
         """(B, C, H, W) what the student makes: along the ODE its finished sample, else its estimate at each row's level."""
-        setting = self.setting
-        if setting.sample_type != "ode":
-            return self._estimated(cond, draw, level, setting.grid)
-        noise = draw.normal("simulation/0", setting.latent_shape)
-        return few_step(lambda x, t: self.networks.x0("generator", x, t, cond), self.path, setting.grid, noise, None)
+        if self.setting.sample_type == "ode":
+            return self._along_ode(cond, draw)[-1]
+        return self._estimated(cond, draw, level, self.setting.grid)
+
+    def _along_ode(self, cond: Cond, draw: Draw) -> list[Tensor]:
+        """The student's N + 1 states (B, C, H, W), a grid time each, from noise to its finished sample."""
+        noise = draw.normal("simulation/0", self.setting.latent_shape)
+        x0_at = partial(self.networks.x0, "generator", cond=cond)
+        return [noise, *trajectory(x0_at, self.path, self.setting.grid, noise, None)]
 
     def _estimated(self, cond: Cond, draw: Draw, level: Tensor, grid: Tensor) -> Tensor:
         """(B, C, H, W) the student's estimate at each row's level of ``grid``; zeros at level -1."""
